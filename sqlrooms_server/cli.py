@@ -1,0 +1,157 @@
+"""The command line: arguments to settings to a server that runs until a signal."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from sqlrooms_server import __version__
+from sqlrooms_server.errors import StartupError
+from sqlrooms_server.settings import Settings, environment_variable, fields, flag, load, parse
+
+_EPILOG = """\
+Every setting is also an environment variable (SQLROOMS_DB_PATH for --db-path) and a key of the
+TOML file given with --config (db_path = "my.duckdb"). The command line wins over the environment,
+and the environment over the file.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status, 2 when the server cannot start."""
+    try:
+        settings = _settings(arguments)
+        return _serve(settings)
+    except StartupError as error:
+        print(f"sqlrooms-server: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command line, made from the table of settings."""
+    made = argparse.ArgumentParser(
+        prog="sqlrooms-server",
+        description="A native DuckDB for browser apps, notebooks and teams, over one WebSocket.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--version", action="version", version=f"sqlrooms-server {__version__}")
+    made.add_argument("--config", metavar="FILE", help="TOML file with settings.")
+    for field in fields():
+        made.add_argument(flag(field.name), dest=field.name, **_argument(field))
+    return made
+
+
+def _argument(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    shown = _default_text(field)
+    text = field.metadata["help"] + (f" Default: {shown}." if shown else "")
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    if isinstance(field.default, bool):
+        return {**options, "action": "store_true"}
+    metavar = "LIST" if isinstance(field.default, tuple) else "VALUE"
+    if isinstance(field.default, int):
+        metavar = "SIZE" if field.metadata["unit"] == "size" else "N"
+    return {**options, "metavar": metavar}
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    if isinstance(field.default, bool) or field.default in ("", ()):
+        return ""
+    if field.metadata["unit"] == "size":
+        return f"{field.default >> 20}MiB"
+    return str(field.default)
+
+
+def _settings(arguments: Sequence[str] | None) -> Settings:
+    given = vars(parser().parse_args(arguments))
+    config = given.pop("config", None)
+    by_name = {field.name: field for field in fields()}
+    flags = {
+        name: parse(by_name[name], value, flag(name)) if isinstance(value, str) else value
+        for name, value in given.items()
+    }
+    return load(flags, os.environ, config or os.environ.get(environment_variable("config")))
+
+
+def _serve(settings: Settings) -> int:
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    _raise_file_limit()
+    # A thread that computes in Python would otherwise keep the loop waiting 5 ms at a time.
+    sys.setswitchinterval(0.001)
+
+    # Not at the top: --help needs neither DuckDB nor the native library, which may be missing.
+    from sqlrooms_server.server import Server
+
+    stop = _StopSignals()
+    server = Server(settings)
+    port = server.start()
+    print(_welcome(settings, port), flush=True)
+    stop.wait()
+    ended = server.stop()
+    if not ended:
+        logging.getLogger(__name__).warning("A query could not be interrupted; left it behind.")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A thread that is left behind in DuckDB would keep, or on its way out abort, the process.
+    os._exit(0)
+
+
+def _raise_file_limit() -> None:
+    """Allow as many connections as the system does: out of descriptors, the accept loop spins."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class _StopSignals:
+    """SIGINT and SIGTERM: the first one stops the server, the second one the process."""
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._received)
+
+    def wait(self) -> None:
+        self._stopped.wait()
+
+    def _received(self, number: int, _: object) -> None:
+        if self._stopped.is_set():
+            os._exit(128 + number)
+        self._stopped.set()
+
+
+def _welcome(settings: Settings, port: int) -> str:
+    from sqlrooms_server.db.engine import DUCKDB_VERSION
+
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    if host == "127.0.0.1":
+        host = "localhost"
+    mode = ", read-only" if settings.read_only else ""
+    access = "token required" if settings.auth_token else "pages and programs of this machine"
+    return "\n".join(
+        (
+            f"sqlrooms-server {__version__}, DuckDB {DUCKDB_VERSION}",
+            "",
+            f"  address   ws://{host}:{port}",
+            f"  database  {settings.db_path}{mode}",
+            f"  access    {access}",
+            f"  health    http://{host}:{port}/readyz",
+            "",
+            "Press Ctrl+C to stop.",
+        )
+    )

@@ -1,0 +1,1 @@
+"""Everything that knows DuckDB and Arrow. Nothing outside this package imports them."""

@@ -1,0 +1,234 @@
+"""The database: one connection, a fresh cursor for each job.
+
+A fresh cursor keeps ``USE``, ``SET``, variables and temporary tables of one request from the next,
+lets an interrupt hit only its own query, and rolls a forgotten ``BEGIN`` back when it is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import duckdb
+import pyarrow as pa
+
+from sqlrooms_server.db import files
+from sqlrooms_server.db.columns import Column, exact_for_json
+from sqlrooms_server.db.statements import Classifier, Statements, quote_identifier, quote_literal
+from sqlrooms_server.errors import Cancelled, Conflict, QueryError, ServerError
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+DUCKDB_VERSION: str = duckdb.__version__
+
+# 2.x streams Arrow from sql() and copies every row for execute(); 1.5 is the other way round in
+# speed and returns None from sql() for anything but a query.
+_STREAMS_FROM_SQL = int(DUCKDB_VERSION.split(".")[0]) >= 2
+
+# Values of a batch, all columns together: about 1 MiB of Arrow data, so that the memory of a
+# query does not grow with the number of its columns.
+_BATCH_VALUES = 1 << 16
+# DuckDB's vector size; a smaller batch saves nothing.
+_MIN_BATCH_ROWS = 2048
+
+# How long a statement is tried again while a concurrent transaction holds what it changes.
+_RETRY_SECONDS = 2.0
+# How long such a wait may go without looking whether the query was cancelled.
+_LOCK_POLL_SECONDS = 0.02
+_CONFLICT_WORDS = ("conflict", "another transaction", "different transaction")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A result that is read batch by batch."""
+
+    reader: pa.RecordBatchReader
+    columns: tuple[Column, ...]
+    statements: Statements
+
+    def first_batch(self) -> pa.RecordBatch | None:
+        """The first batch that has rows; None when there is none."""
+        for batch in self.reader:
+            if batch.num_rows:
+                return batch
+        return None
+
+    @property
+    def tells_nothing(self) -> bool:
+        """Whether the result, if it has no rows, stands for "done" rather than for a table.
+
+        DuckDB reports statements without a result as an empty column ``Success`` or ``Count``.
+        """
+        if self.statements.returns_rows or len(self.reader.schema) != 1:
+            return False
+        field = self.reader.schema.field(0)
+        return (field.name, field.type) in (("Success", pa.bool_()), ("Count", pa.int64()))
+
+
+class Cursor:
+    """A cursor of one job. Only its worker uses it; :meth:`interrupt` is for other threads."""
+
+    def __init__(self, native: duckdb.DuckDBPyConnection, engine: Engine) -> None:
+        self.native = native
+        self._engine = engine
+        self._interrupted = False
+
+    def interrupt(self) -> None:
+        """Cut short what runs and refuse to run more. Never blocks."""
+        self._interrupted = True
+        with contextlib.suppress(duckdb.Error):
+            self.native.interrupt()
+
+    def check(self) -> None:
+        """Raise ``Cancelled`` when the cursor was interrupted."""
+        if self._interrupted:
+            raise Cancelled("The query was cancelled.")
+
+    def run(self, sql: str, *, for_json: bool = False) -> Result | None:
+        """Run ``sql`` and open its last result; None when the text holds no statement.
+
+        A single statement that lost against a concurrent transaction is tried again. With
+        ``for_json`` a query's columns that Arrow cannot carry exactly are cast by DuckDB.
+        """
+        self.check()
+        statements = self._engine.classifier.classify(self.native, sql)
+        if statements.kinds == ():
+            return None
+        if not statements.may_retry:
+            return self._open(sql, statements, for_json)
+        return self._engine.retrying(self, lambda: self._open(sql, statements, for_json))
+
+    def _open(self, sql: str, statements: Statements, for_json: bool) -> Result | None:
+        exact = for_json and statements.is_one_select
+        # Either a relation or the cursor itself; both tell their columns and give a reader.
+        opened: Any = (self.native.sql if _STREAMS_FROM_SQL or exact else self.native.execute)(sql)
+        if opened is None:
+            return None
+        columns = tuple(Column(entry[0], entry[1]) for entry in opened.description)
+        if exact:
+            opened = exact_for_json(opened, columns)
+        rows = max(_MIN_BATCH_ROWS, _BATCH_VALUES // max(1, len(columns)))
+        return Result(opened.to_arrow_reader(rows), columns, statements)
+
+
+class Engine:
+    """Owns the DuckDB connection. Raises ``StartupError`` when it cannot open what was asked."""
+
+    def __init__(self, path: str, *, read_only: bool, extensions: tuple[str, ...]) -> None:
+        self.path = path
+        self.read_only = read_only
+        self.classifier = Classifier()
+        self._writer = threading.Lock()
+        self._connection = files.open_database(
+            path,
+            read_only=read_only,
+            config={
+                # Or SQL reads the variables of this process as tables.
+                "python_enable_replacements": "false",
+                # Nothing is fetched that was not asked for.
+                "autoinstall_known_extensions": "false",
+            },
+        )
+        try:
+            for extension in extensions:
+                files.load_extension(self._connection, extension)
+        except BaseException:
+            self._connection.close()
+            raise
+
+    @contextlib.contextmanager
+    def cursor(self) -> Iterator[Cursor]:
+        """A fresh cursor for one job, closed at the end. Raises ``QueryError`` for DuckDB's errors."""
+        cursor = Cursor(self._connection.cursor(), self)
+        try:
+            yield cursor
+        except ServerError:
+            raise
+        except duckdb.TransactionException as error:
+            raise (Conflict if _is_conflict(error) else QueryError)(str(error)) from error
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
+            # OSError: what a half-read Arrow reader raises for an error of the query.
+            raise QueryError(str(error)) from error
+        finally:
+            cursor.native.close()
+
+    def retrying(self, cursor: Cursor, attempt: Callable[[], _T]) -> _T:
+        """The value of ``attempt``, which may apply once; tried again when a concurrent write won.
+
+        The first try is optimistic. The following ones hold a lock, so that those who retry do
+        not defeat each other, and end after 2 s.
+        """
+        try:
+            return attempt()
+        except duckdb.TransactionException as error:
+            if not _is_conflict(error):
+                raise
+        while not self._writer.acquire(timeout=_LOCK_POLL_SECONDS):
+            cursor.check()
+        try:
+            deadline = time.monotonic() + _RETRY_SECONDS
+            pause = 0.001
+            while True:
+                cursor.check()
+                try:
+                    return attempt()
+                except duckdb.TransactionException as error:
+                    if not _is_conflict(error) or time.monotonic() > deadline:
+                        raise
+                time.sleep(pause)
+                pause = min(2 * pause, _LOCK_POLL_SECONDS)
+        finally:
+            self._writer.release()
+
+    def attach(self, path: str, name: str) -> None:
+        """Attach a database file under ``name``. Raises ``StartupError``."""
+        files.prepare(Path(path), read_only=self.read_only)
+        with files.explained(path):
+            mode = " (READ_ONLY)" if self.read_only else ""
+            self._connection.execute(
+                f"ATTACH {quote_literal(path)} AS {quote_identifier(name)}{mode}"
+            )
+
+    def ping(self) -> None:
+        """Run the smallest query. Raises ``QueryError`` when DuckDB does not answer it."""
+        with self.cursor() as cursor:
+            cursor.native.execute("SELECT 1").fetchall()
+
+    def close(self, deadline: float) -> bool:
+        """Checkpoint and close; False when that was not done by ``deadline`` (``time.monotonic``).
+
+        Nothing is lost without the checkpoint: DuckDB replays its log at the next start.
+        """
+        thread = threading.Thread(target=self._checkpoint_and_close, name="checkpoint", daemon=True)
+        thread.start()
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            self._connection.interrupt()
+            thread.join(0.1)
+        return not thread.is_alive()
+
+    def _checkpoint_and_close(self) -> None:
+        try:
+            if not self.read_only:
+                self._connection.execute("CHECKPOINT")
+        except duckdb.Error as error:
+            log.warning("The final checkpoint failed (nothing is lost): %s", error)
+        try:
+            self._connection.close()
+        except duckdb.Error as error:
+            log.warning("The database was not closed cleanly (nothing is lost): %s", error)
+
+
+def _is_conflict(error: duckdb.TransactionException) -> bool:
+    """Whether a concurrent transaction won, so that a second try may succeed."""
+    text = str(error).lower()
+    # The same key inserted twice is reported at commit in the same words, but is no accident.
+    return "duplicate key" not in text and any(word in text for word in _CONFLICT_WORDS)

@@ -1,0 +1,146 @@
+"""Results to chunks of bytes that, joined, are one reply.
+
+A chunk over :data:`WHOLE_MESSAGE_BYTES` is exactly one Arrow IPC message, so that whoever cuts a
+reply short knows that a reader will notice: either the message is incomplete, or
+:data:`BROKEN_ARROW` can follow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from sqlrooms_server.db.columns import unique_names
+from sqlrooms_server.db.engine import Result
+from sqlrooms_server.db.json_rows import RowEncoder
+
+Chunk = bytes | memoryview
+
+# Smaller pieces are joined: each chunk costs a lock and a frame.
+WHOLE_MESSAGE_BYTES = 64 << 10
+
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+
+# Announces a message of 2 GiB and is followed by less, which every Arrow reader refuses.
+# Some readers take a stream that merely ends for a complete one.
+BROKEN_ARROW = b"\xff\xff\xff\xff\xff\xff\xff\x7fThe query failed; its error follows."
+
+
+def arrow_chunks(result: Result, first: pa.RecordBatch | None, prefix: bytes) -> Iterator[Chunk]:
+    """``prefix`` and the Arrow IPC stream of ``result``, whose first batch was read already.
+
+    A result without rows holds one empty batch: some clients drop the schema otherwise.
+    """
+    if first is None:
+        first = pa.RecordBatch.from_arrays(
+            [pa.array([], field.type) for field in result.reader.schema], schema=result.reader.schema
+        )
+    yield from _coalesced(_arrow_pieces(result.reader, first, prefix))
+
+
+def json_chunks(
+    result: Result, first: pa.RecordBatch | None, prefix: bytes, suffix: bytes
+) -> Iterator[Chunk]:
+    """``prefix``, the rows of ``result`` as JSON text escaped for a JSON string, ``suffix``."""
+    yield from _coalesced(_json_pieces(result, first, prefix, suffix))
+
+
+def _arrow_pieces(
+    reader: pa.RecordBatchReader, first: pa.RecordBatch, prefix: bytes
+) -> Iterator[Chunk]:
+    yield prefix
+    if any(_has_dictionary(field.type) for field in reader.schema):
+        yield from _dictionary_pieces(reader, first)
+        return
+    yield memoryview(reader.schema.serialize())
+    yield memoryview(first.serialize())
+    for batch in reader:
+        yield memoryview(batch.serialize())
+    yield _END_OF_STREAM
+
+
+def _dictionary_pieces(reader: pa.RecordBatchReader, first: pa.RecordBatch) -> Iterator[Chunk]:
+    """As Arrow's stream writer does it, which alone knows when a dictionary must be sent."""
+    sink = _Sink()
+    with pa.ipc.new_stream(sink, reader.schema) as writer:
+        writer.write_batch(first)
+        yield from sink.messages()
+        for batch in reader:
+            writer.write_batch(batch)
+            yield from sink.messages()
+    yield from sink.messages()
+
+
+def _has_dictionary(type_: Any) -> bool:
+    return pa.types.is_dictionary(type_) or any(
+        _has_dictionary(type_.field(index).type) for index in range(type_.num_fields)
+    )
+
+
+class _Sink:
+    """A file for Arrow's writer whose content can be taken away."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def write(self, data: Any) -> int:
+        self._parts.append(bytes(data))
+        return len(self._parts[-1])
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def messages(self) -> Iterator[Chunk]:
+        """What was written since the last call, one piece per IPC message."""
+        data = b"".join(self._parts)
+        self._parts.clear()
+        if len(data) <= WHOLE_MESSAGE_BYTES:
+            yield data
+            return
+        for message in pa.ipc.MessageReader.open_stream(data):
+            yield memoryview(message.serialize())
+
+
+def _json_pieces(
+    result: Result, first: pa.RecordBatch | None, prefix: bytes, suffix: bytes
+) -> Iterator[Chunk]:
+    encoder = RowEncoder(unique_names(result.columns), [column.type for column in result.columns])
+    separator = prefix + b"["
+    for batch in [] if first is None else _chain(first, result.reader):
+        if batch.num_rows:
+            rows = encoder.encode(batch).replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+            yield separator + rows
+            separator = b","
+    yield (separator if first is None else b"") + b"]" + suffix
+
+
+def _chain(first: pa.RecordBatch, rest: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    yield first
+    yield from rest
+
+
+def _coalesced(pieces: Iterable[Chunk]) -> Iterator[Chunk]:
+    """Join small pieces; a large one stays alone."""
+    waiting: list[Chunk] = []
+    size = 0
+    for piece in pieces:
+        if len(piece) > WHOLE_MESSAGE_BYTES:
+            if waiting:
+                yield b"".join(waiting)
+                waiting, size = [], 0
+            yield piece
+            continue
+        waiting.append(piece)
+        size += len(piece)
+        if size >= WHOLE_MESSAGE_BYTES:
+            yield b"".join(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield b"".join(waiting)

@@ -1,0 +1,133 @@
+"""What a SQL text is, before it runs: how many statements, of which kind, how deeply nested."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import duckdb
+
+from sqlrooms_server.errors import BadRequest
+
+# DuckDB's own expression depth limit. Its parsers, and the one of 2.x above all, spend seconds
+# and gigabytes on deeper text before they refuse it.
+MAX_NESTING = 1000
+
+# extract_statements holds the interpreter lock: 18 ms (1.5) to 184 ms (2.x) for 20,000 columns.
+# A longer text is left unclassified, which costs it only the retry after a conflict.
+MAX_CLASSIFIED_LENGTH = 64 << 10
+
+_MEMO_ENTRIES = 1024
+_MEMO_TEXT_LENGTH = 4 << 10
+
+
+_CHANGING = frozenset(
+    "INSERT UPDATE DELETE MERGE_INTO COPY CREATE DROP ALTER ATTACH DETACH EXPORT".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Statements:
+    """The kinds of the statements of one text, in order, as DuckDB names them (``"SELECT"``).
+
+    Empty when the text holds no statement; None when DuckDB could not say.
+    """
+
+    kinds: tuple[str, ...] | None
+
+    @property
+    def is_one_select(self) -> bool:
+        """Whether the text is a single statement that returns rows and names no write target."""
+        return self.kinds == ("SELECT",)
+
+    @property
+    def change_something(self) -> bool:
+        """Whether one of the statements changes data or the catalog."""
+        return self.kinds is not None and not _CHANGING.isdisjoint(self.kinds)
+
+    @property
+    def may_retry(self) -> bool:
+        """Whether running the text again after a conflict applies it once.
+
+        A text of several statements commits each by itself, so that a second run would apply
+        the first ones twice.
+        """
+        return self.kinds is not None and len(self.kinds) == 1 and self.kinds != ("TRANSACTION",)
+
+    @property
+    def returns_rows(self) -> bool:
+        """Whether the last statement is a query, so that even an empty result is a table."""
+        # A PIVOT statement is MULTI on 2.x.
+        return bool(self.kinds and self.kinds[-1] in ("SELECT", "MULTI"))
+
+
+class Classifier:
+    """Classifies SQL texts and remembers the short ones. Safe to call from any thread."""
+
+    def __init__(self) -> None:
+        self._memo: dict[str, Statements] = {}
+
+    def classify(self, cursor: duckdb.DuckDBPyConnection, sql: str) -> Statements:
+        """The statements of ``sql``. Raises ``BadRequest`` for nesting no parser should meet.
+
+        A syntax error is not reported here: the text then runs into it.
+        """
+        known = self._memo.get(sql)
+        if known is not None:
+            return known
+        openings = sql.count("(") + sql.count("[") + sql.count("{")
+        if openings > MAX_NESTING and nesting(sql) > MAX_NESTING:
+            raise BadRequest(f"sql nests brackets deeper than {MAX_NESTING} levels.")
+        statements = Statements(_kinds(cursor, sql))
+        if len(sql) <= _MEMO_TEXT_LENGTH:
+            if len(self._memo) >= _MEMO_ENTRIES:
+                self._memo.clear()
+            self._memo[sql] = statements
+        return statements
+
+
+def _kinds(cursor: duckdb.DuckDBPyConnection, sql: str) -> tuple[str, ...] | None:
+    if len(sql) > MAX_CLASSIFIED_LENGTH:
+        return None
+    try:
+        return tuple(statement.type.name for statement in cursor.extract_statements(sql))
+    except (duckdb.Error, ValueError):
+        # ValueError: 2.x has kinds its Python enumeration does not know (UPDATE EXTENSIONS).
+        return None
+
+
+_BRACKET_OR_LITERAL = re.compile(
+    r"""
+    \b[eE]'(?:[^'\\]|\\.)*'?          # escape string
+    | '[^']*'?                        # string; a doubled quote is two strings side by side
+    | "[^"]*"?
+    | --[^\n]*
+    | /\*(?:.*?\*/|.*)
+    | (\$\w*\$)(?:.*?\1|.*)           # dollar-quoted string
+    | [][(){}]
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def nesting(sql: str) -> int:
+    """The depth of brackets outside of literals and comments, in time linear in the text."""
+    depth = deepest = 0
+    for match in _BRACKET_OR_LITERAL.finditer(sql):
+        token = match[0]
+        if token in ("(", "[", "{"):
+            depth += 1
+            deepest = max(deepest, depth)
+        elif token in (")", "]", "}"):
+            depth -= 1
+    return deepest
+
+
+def quote_identifier(name: str) -> str:
+    """``name`` as a SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def quote_literal(text: str) -> str:
+    """``text`` as a SQL string literal."""
+    return "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,38 @@
+"""The meta tables: the state of SQLRooms user interfaces, and snapshots of shared rooms.
+
+Their layout is shared with the published server, whose files open here and keep their data.
+"""
+
+from __future__ import annotations
+
+from sqlrooms_server.db.engine import Engine
+from sqlrooms_server.db.statements import quote_identifier
+from sqlrooms_server.errors import QueryError, StartupError
+
+_TABLES = (
+    "ui_state (key TEXT PRIMARY KEY, payload_json JSON, updated_at TIMESTAMPTZ DEFAULT now())",
+    "sync_rooms (room_id TEXT PRIMARY KEY, snapshot BLOB, updated_at TIMESTAMPTZ DEFAULT now())",
+)
+
+
+def create_meta_tables(engine: Engine, namespace: str, meta_db: str) -> None:
+    """Create what is missing under ``namespace``: a schema, or with ``meta_db`` an attached file.
+
+    A database that is open for reading only is left as it is. Raises ``StartupError``.
+    """
+    if meta_db:
+        engine.attach(meta_db, namespace)
+    if engine.read_only:
+        return
+    quoted = quote_identifier(namespace)
+    try:
+        with engine.cursor() as cursor:
+            if not meta_db:
+                cursor.native.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted}")
+            for table in _TABLES:
+                cursor.native.execute(f"CREATE TABLE IF NOT EXISTS {quoted}.{table}")
+    except QueryError as error:
+        raise StartupError(
+            f"Cannot create the meta tables in {namespace}: {error}; "
+            "choose another --meta-namespace."
+        ) from error

@@ -1,0 +1,115 @@
+"""``hello``, and ``GET /healthz``, ``/readyz`` and ``/version``."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import threading
+from collections.abc import Callable, Mapping
+
+from sqlrooms_server import __version__
+from sqlrooms_server.db.engine import DUCKDB_VERSION, Engine
+from sqlrooms_server.errors import ServerError
+from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.peer import Peer
+from sqlrooms_server.protocol import PROTOCOL_VERSION, Hello, encode
+from sqlrooms_server.settings import Settings
+from sqlrooms_server.transport import Exchange, HttpRequest
+
+log = logging.getLogger(__name__)
+
+# A database that has not answered SELECT 1 by then is not ready, whatever holds it up.
+PROBE_SECONDS = 2.0
+
+
+class Health:
+    """Tells clients and supervisors what runs here and whether it does."""
+
+    def __init__(self, engine: Engine, settings: Settings, post: Callable[..., None]) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._post = post
+        self._draining = False
+        self._waiting: list[Exchange] = []
+
+    @property
+    def handlers(self) -> Mapping[type, MessageHandler]:
+        return {Hello: self._hello}
+
+    @property
+    def routes(self) -> Mapping[str, Route]:
+        return {"/healthz": self._healthz, "/readyz": self._readyz, "/version": self._version}
+
+    def closed(self, peer: Peer) -> None:
+        pass
+
+    def drain(self) -> None:
+        """Not ready from here on."""
+        self._draining = True
+
+    def _hello(self, peer: Peer, _: Hello) -> None:
+        limits = {
+            "maxMessageSize": self._settings.max_message_size,
+            "maxSqlLength": self._settings.max_sql_length,
+            "maxInFlight": self._settings.max_in_flight,
+        }
+        peer.send(
+            encode(
+                {
+                    "type": "welcome",
+                    "protocol": PROTOCOL_VERSION,
+                    "server": f"sqlrooms-server {__version__}",
+                    "features": ["arrow", "json", "exec", "cancel", "uploadArrow"],
+                    "limits": limits,
+                    "connectionId": peer.id,
+                }
+            )
+        )
+
+    def _healthz(self, request: HttpRequest, exchange: Exchange) -> None:
+        exchange.respond(200, b"ok")
+
+    def _version(self, request: HttpRequest, exchange: Exchange) -> None:
+        body = encode(
+            {
+                "name": "sqlrooms-server",
+                "version": __version__,
+                "duckdb": DUCKDB_VERSION,
+                "python": platform.python_version(),
+                "protocol": PROTOCOL_VERSION,
+            }
+        )
+        exchange.respond(200, body, "application/json")
+
+    def _readyz(self, request: HttpRequest, exchange: Exchange) -> None:
+        if self._draining:
+            exchange.respond(503, b"draining")
+            return
+        self._waiting.append(exchange)
+        if len(self._waiting) == 1:
+            threading.Thread(target=self._probe, name="readyz", daemon=True).start()
+
+    def _probe(self) -> None:
+        """Ask DuckDB, on a thread that may be left behind when it does not answer."""
+        failures: list[str] = []
+        ping = threading.Thread(target=self._ping, args=(failures,), name="ping", daemon=True)
+        ping.start()
+        ping.join(PROBE_SECONDS)
+        if ping.is_alive():
+            failures.append(f"DuckDB did not answer within {PROBE_SECONDS:g} s")
+        self._post(self._answer, failures)
+
+    def _ping(self, failures: list[str]) -> None:
+        try:
+            self._engine.ping()
+        except ServerError as error:
+            log.warning("The readiness query failed: %s", error)
+            failures.append("DuckDB failed")
+
+    def _answer(self, failures: list[str]) -> None:
+        waiting, self._waiting = self._waiting, []
+        for exchange in waiting:
+            if failures:
+                exchange.respond(503, failures[0].encode())
+            else:
+                exchange.respond(200, b"ok")

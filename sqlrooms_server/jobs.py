@@ -1,0 +1,345 @@
+"""Jobs: work that blocks, done by worker threads, stoppable in every state.
+
+The states of a job and its allowed steps::
+
+    queued  -> running   a worker took it
+    queued  -> done      stopped before it began
+    running -> parked    its reader is slow, or others wait and its turn is over
+    running -> stopping  stopped: it is interrupted every 20 ms until it gives up
+    running -> done      finished or failed
+    parked  -> running   there is room again and a worker took it
+    parked  -> stopping  stopped: a worker closes what it holds
+    stopping -> done     gave up, or finished anyway
+
+A job leaves its last state exactly once, through its ``done`` callback.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Hashable
+
+from sqlrooms_server.errors import Busy, ServerError, ShuttingDown
+
+log = logging.getLogger(__name__)
+
+# One interrupt is forgotten when it comes before the statement starts, so it is repeated.
+INTERRUPT_INTERVAL = 0.02
+
+# A job that could go on gives its worker up after this time when others wait.
+TURN = 0.05
+
+# Of one connection at one time. Results leave a connection one after the other, so more would
+# only hold more memory: each open result keeps DuckDB's streaming buffer and ready chunks.
+MAX_OPEN_PER_LANE = 8
+
+
+class State(enum.Enum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    PARKED = "parked"
+    STOPPING = "stopping"
+    DONE = "done"
+
+
+class Pause(enum.Enum):
+    """What the work of a job yields."""
+
+    TURN = "turn"
+    """It could go on; others may come first."""
+    FULL = "full"
+    """It cannot go on before :meth:`Job.resume`."""
+
+
+Work = Generator[Pause, None, None]
+
+
+class Job:
+    """One piece of work and its state. Made by :meth:`Scheduler.submit`."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        lane: Hashable,
+        work: Work,
+        interrupt: Callable[[], None],
+        done: Callable[[BaseException | None], None],
+    ) -> None:
+        self.state = State.QUEUED
+        self.stopped: ServerError | None = None
+        self._scheduler = scheduler
+        self._lane = lane
+        self._work = work
+        self._interrupt = interrupt
+        self._done = done
+        self._room = False
+        self._is_ready = False
+
+    def resume(self) -> None:
+        """There is room again for what the work produces. From any thread."""
+        self._scheduler._resume(self)
+
+    def stop(self, reason: ServerError) -> bool:
+        """Ask the job to give up with ``reason``; False when it is done already.
+
+        From any thread, never blocks. Work that finishes anyway is reported as finished.
+        """
+        return self._scheduler._stop(self, reason)
+
+
+class Scheduler:
+    """A bounded queue, fair between lanes, before a fixed number of worker threads.
+
+    A lane is whoever must not be able to starve the others, that is a connection: lanes take
+    turns, and within one the oldest job goes first.
+    """
+
+    def __init__(self, workers: int, max_queue: int) -> None:
+        self._max_queue = max_queue
+        self._lock = threading.Lock()
+        self._queued = 0
+        self._jobs: set[Job] = set()
+        self._waiting: dict[Hashable, deque[Job]] = {}
+        self._open: dict[Hashable, int] = {}
+        self._turns: deque[Hashable] = deque()
+        self._ready: deque[Job] = deque()
+        self._prefer_ready = False
+        self._closed = False
+        self._idle = threading.Condition(self._lock)
+        # One entry for each in _turns and _ready: a worker that gets one takes one of those.
+        self._signals: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._interrupter = _Interrupter()
+        self._threads = [
+            threading.Thread(target=self._run_worker, name=f"worker-{number}")
+            for number in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self,
+        lane: Hashable,
+        work: Work,
+        interrupt: Callable[[], None],
+        done: Callable[[BaseException | None], None],
+    ) -> Job:
+        """Queue ``work``, a generator that workers advance and that may pause.
+
+        ``interrupt`` cuts short, from another thread, what the generator is doing. ``done`` is
+        called once, from any thread, with the error or None. Raises ``Busy`` or
+        ``ShuttingDown``, then ``done`` is not called.
+        """
+        job = Job(self, lane, work, interrupt, done)
+        with self._lock:
+            if self._closed:
+                raise ShuttingDown("The server is shutting down.")
+            if self._queued >= self._max_queue:
+                raise Busy(
+                    f"{self._queued} queries are waiting, which is the limit (--max-queue); "
+                    "try again later."
+                )
+            self._queued += 1
+            self._jobs.add(job)
+            jobs = self._waiting.get(lane)
+            if jobs is None:
+                jobs = self._waiting[lane] = deque()
+                if self._open.get(lane, 0) < MAX_OPEN_PER_LANE:
+                    self._add_turn(lane)
+            jobs.append(job)
+        return job
+
+    def close(self, deadline: float) -> bool:
+        """Stop every job with ``ShuttingDown``, then the workers; True when all ended in time.
+
+        ``deadline`` is on the clock of ``time.monotonic``. A worker that outlives it is left
+        behind.
+        """
+        with self._lock:
+            self._closed = True
+            jobs = list(self._jobs)
+        for job in jobs:
+            job.stop(ShuttingDown("The server is shutting down."))
+        with self._idle:
+            self._idle.wait_for(lambda: not self._jobs, max(0.0, deadline - time.monotonic()))
+        for _ in self._threads:
+            self._signals.put(False)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._interrupter.close()
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run_worker(self) -> None:
+        while self._signals.get():
+            job = self._take()
+            if job is not None:
+                self._advance(job)
+
+    def _take(self) -> Job | None:
+        with self._lock:
+            # New jobs and those under way take turns, so that neither starves the other.
+            self._prefer_ready = not self._prefer_ready
+            if self._ready and (self._prefer_ready or not self._turns):
+                job = self._ready.popleft()
+                job._is_ready = False
+                if job.state is State.PARKED:
+                    job.state = State.RUNNING
+                return job
+            if not self._turns:
+                return None
+            lane = self._turns.popleft()
+            jobs = self._waiting[lane]
+            job = jobs.popleft()
+            self._queued -= 1
+            self._open[lane] = self._open.get(lane, 0) + 1
+            if not jobs:
+                del self._waiting[lane]
+            elif self._open[lane] < MAX_OPEN_PER_LANE:
+                self._add_turn(lane)
+            job.state = State.RUNNING
+            return job
+
+    def _add_turn(self, lane: Hashable) -> None:
+        self._turns.append(lane)
+        self._signals.put(True)
+
+    def _add_ready(self, job: Job) -> None:
+        if not job._is_ready:
+            job._is_ready = True
+            self._ready.append(job)
+            self._signals.put(True)
+
+    def _advance(self, job: Job) -> None:
+        """Run the work until it ends or pauses for good."""
+        turn_ends = time.monotonic() + TURN
+        try:
+            while True:
+                if job.stopped is not None:
+                    job._work.throw(job.stopped)
+                pause = next(job._work)
+                if job.stopped is None and self._may_park(job, pause, turn_ends):
+                    return
+        except StopIteration:
+            self._finish(job, None)
+        except BaseException as error:  # worker-top guard: the error goes to the job's owner
+            self._finish(job, job.stopped or error)
+
+    def _may_park(self, job: Job, pause: Pause, turn_ends: float) -> bool:
+        with self._lock:
+            if job.stopped is not None:
+                return False
+            if pause is Pause.FULL:
+                if job._room:
+                    job._room = False
+                    return False
+                job.state = State.PARKED
+                return True
+            if (self._turns or self._ready) and time.monotonic() > turn_ends:
+                job.state = State.PARKED
+                self._add_ready(job)
+                return True
+            return False
+
+    def _resume(self, job: Job) -> None:
+        with self._lock:
+            if job.state is not State.PARKED:
+                # It has not got as far as parking; it will find the room when it does.
+                job._room = job.state is State.RUNNING
+            else:
+                self._add_ready(job)
+
+    def _stop(self, job: Job, reason: ServerError) -> bool:
+        with self._lock:
+            if job.state is State.DONE or job.stopped is not None:
+                return job.state is not State.DONE
+            job.stopped = reason
+            if job.state is State.QUEUED:
+                self._forget_queued(job)
+            elif job.state is State.PARKED:
+                job.state = State.STOPPING
+                self._add_ready(job)
+                return True
+            else:
+                job.state = State.STOPPING
+        if job.state is State.DONE:
+            job._work.close()
+            self._call_done(job, reason)
+        else:
+            self._interrupter.add(job)
+        return True
+
+    def _forget_queued(self, job: Job) -> None:
+        job.state = State.DONE
+        self._queued -= 1
+        self._jobs.discard(job)
+        jobs = self._waiting[job._lane]
+        jobs.remove(job)
+        if not jobs:
+            del self._waiting[job._lane]
+            if job._lane in self._turns:
+                self._turns.remove(job._lane)
+        self._idle.notify_all()
+
+    def _finish(self, job: Job, error: BaseException | None) -> None:
+        with self._lock:
+            job.state = State.DONE
+            lane = job._lane
+            self._open[lane] -= 1
+            if self._open[lane] == MAX_OPEN_PER_LANE - 1 and lane in self._waiting:
+                self._add_turn(lane)
+            if not self._open[lane]:
+                del self._open[lane]
+        self._call_done(job, error)
+        with self._lock:
+            self._jobs.discard(job)
+            if not self._jobs:
+                self._idle.notify_all()
+
+    @staticmethod
+    def _call_done(job: Job, error: BaseException | None) -> None:
+        try:
+            job._done(error)
+        except Exception:  # worker-top guard: a defect in a callback must not end the worker
+            log.exception("The callback of a job failed.")
+
+
+class _Interrupter:
+    """Repeats the interrupt of stopping jobs until they are done; its thread starts when needed."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._jobs: list[Job] = []
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def add(self, job: Job) -> None:
+        job._interrupt()
+        with self._changed:
+            self._jobs.append(job)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="interrupter", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._closed)
+                if self._closed:
+                    return
+                self._changed.wait_for(lambda: self._closed, INTERRUPT_INTERVAL)
+                self._jobs = [job for job in self._jobs if job.state is not State.DONE]
+                jobs = list(self._jobs)
+            for job in jobs:
+                job._interrupt()

@@ -1,0 +1,121 @@
+"""A reply under way: chunks from one worker to the loop thread, few at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Pull
+
+Chunk = bytes | memoryview
+
+# Above it the job parks; below the low mark it goes on. A fast reader takes this much in a
+# millisecond, so that more would only be memory.
+HIGH_BYTES = 2 << 20
+LOW_BYTES = 1 << 20
+
+
+class Outbox:
+    """One message that is produced while it is sent; a :class:`transport.Source`.
+
+    The worker calls ``put``, ``finish`` and ``fail``; the loop thread ``pull``, ``sent`` and
+    ``dropped``, and ``fail`` too. ``on_room`` is called when a full outbox has room again,
+    ``on_data`` when an empty one has something to send, ``on_sent`` after the last fragment of
+    a message that did not fail.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_room: Callable[[], None],
+        on_data: Callable[[], None],
+        on_sent: Callable[[], None],
+    ) -> None:
+        self._on_room = on_room
+        self._on_data = on_data
+        self._on_sent = on_sent
+        self._lock = threading.Lock()
+        self._chunks: deque[Chunk] = deque()
+        self._size = 0
+        self._rest: memoryview | None = None
+        self._begun = False
+        self._full = False
+        self._starving = False
+        self._finished = False
+        self._failed = False
+
+    def put(self, chunk: Chunk) -> bool:
+        """Add a chunk; True when the outbox is full now, and ``on_room`` will follow."""
+        with self._lock:
+            if self._failed:
+                return False
+            self._chunks.append(chunk)
+            self._size += len(chunk)
+            self._full = self._size >= HIGH_BYTES
+            wake = self._starving
+            self._starving = False
+            full = self._full
+        if wake:
+            self._on_data()
+        return full
+
+    def finish(self) -> None:
+        """There will be no more chunks."""
+        with self._lock:
+            self._finished = True
+            wake = self._starving
+            self._starving = False
+        if wake:
+            self._on_data()
+
+    def fail(self, broken_end: bytes) -> None:
+        """End the message so that nobody takes it for complete.
+
+        ``broken_end`` is what makes it invalid where a chunk ends; inside a chunk, which is one
+        unit of its format, breaking off is enough.
+        """
+        with self._lock:
+            self._failed = self._finished = True
+            self._chunks.clear()
+            self._size = 0
+            if self._rest is None and self._begun:
+                self._chunks.append(broken_end)
+            self._rest = None
+            wake = self._starving
+            self._starving = False
+        if wake:
+            self._on_data()
+
+    def pull(self) -> tuple[Chunk, bool] | Pull:
+        """The next fragment and whether it is the last."""
+        room = False
+        with self._lock:
+            if self._failed and not self._begun:
+                return Pull.WITHDRAWN
+            if self._rest is None:
+                if not self._chunks:
+                    self._starving = not self._finished
+                    return (b"", True) if self._finished else Pull.NOT_READY
+                self._rest = memoryview(self._chunks.popleft())
+            fragment = self._rest[:FRAGMENT_BYTES]
+            rest = self._rest[FRAGMENT_BYTES:]
+            self._rest = rest if len(rest) else None
+            self._begun = True
+            self._size = max(0, self._size - len(fragment))
+            if self._full and self._size < LOW_BYTES:
+                self._full = False
+                room = True
+            last = self._finished and self._rest is None and not self._chunks
+        if room:
+            self._on_room()
+        return fragment, last
+
+    def sent(self) -> None:
+        """For the connection: the last fragment was handed to the socket."""
+        if not self._failed:
+            self._on_sent()
+
+    def dropped(self) -> None:
+        """For the connection: it closed first."""
+        self.fail(b"")

@@ -1,0 +1,62 @@
+"""One client as features see it."""
+
+from __future__ import annotations
+
+import secrets
+
+from sqlrooms_server.errors import ServerError
+from sqlrooms_server.protocol import encode_error
+from sqlrooms_server.transport import Connection, Source
+
+
+class Peer:
+    """A connected client. Its methods belong to the loop thread; after it left they do nothing."""
+
+    __slots__ = ("_connection", "authorised", "id", "refused")
+
+    def __init__(self, *, authorised: bool, refused: bool) -> None:
+        self.id = secrets.token_hex(8)
+        self.authorised = authorised
+        self.refused = refused
+        self._connection: Connection | None = None
+
+    def attach(self, connection: Connection) -> None:
+        """For the server: the connection is open."""
+        self._connection = connection
+
+    @property
+    def is_open(self) -> bool:
+        return self._connection is not None and self._connection.is_open
+
+    @property
+    def remote_address(self) -> str:
+        return "" if self._connection is None else self._connection.remote_address
+
+    def send(self, message: bytes) -> None:
+        """Send a text message."""
+        if self._connection is not None:
+            self._connection.send(message, is_text=True)
+
+    def send_binary(self, message: bytes) -> None:
+        """Send a binary message."""
+        if self._connection is not None:
+            self._connection.send(message, is_text=False)
+
+    def send_error(self, error: ServerError) -> None:
+        """Send the error frame of ``error``."""
+        self.send(encode_error(error))
+
+    def stream(self, source: Source, *, is_text: bool) -> None:
+        """Send the message that ``source`` produces."""
+        if self._connection is not None:
+            self._connection.stream(source, is_text=is_text)
+
+    def pump(self) -> None:
+        """A source has data again."""
+        if self._connection is not None:
+            self._connection.pump()
+
+    def close(self, code: int, reason: str) -> None:
+        """Close after everything that was sent before."""
+        if self._connection is not None:
+            self._connection.close(code, reason)

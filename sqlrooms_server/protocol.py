@@ -1,0 +1,319 @@
+"""Bytes to frozen dataclasses and back. Knows neither sockets nor DuckDB.
+
+The contract is ``docs/protocol.md``. A malformed message raises :class:`BadRequest` or
+:class:`TooLarge`, which carries the query id when the message had a valid one, so that its
+sender learns which of its requests failed.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ujson
+
+from sqlrooms_server.errors import BadRequest, QueryId, ServerError, TooLarge
+
+PROTOCOL_VERSION = 1
+
+MAX_QUERY_ID_LENGTH = 256
+MAX_IDENTIFIER_LENGTH = 255
+
+# A framed header holds a type, an id and a table name.
+MAX_HEADER_LENGTH = 64 << 10
+
+# A bare Loro update begins with this, which no framed header length can equal.
+_LORO_MAGIC = b"loro"
+
+QueryKind = Literal["arrow", "json", "exec"]
+TableName = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Auth:
+    """``{type: "auth", token}``."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """``{type: "hello"}``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """``{type: "arrow" | "json" | "exec", sql, queryId?}``."""
+
+    kind: QueryKind
+    sql: str
+    query_id: QueryId
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """``{type: "cancel", queryId}``."""
+
+    query_id: QueryId
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Binary, header ``{type: "uploadArrow", tableName, queryId?}``, body an Arrow IPC stream.
+
+    ``table`` holds one to three parts: table, schema and table, or catalog, schema and table.
+    """
+
+    table: TableName
+    query_id: QueryId
+    body: memoryview
+
+
+Message = Auth | Hello | Query | Cancel | Upload
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a message may measure, in bytes."""
+
+    max_message_size: int
+    max_sql_length: int
+
+
+def decode(data: bytes, *, is_text: bool, limits: Limits) -> Message:
+    """The message in one WebSocket message. Raises ``BadRequest`` or ``TooLarge``."""
+    if len(data) > limits.max_message_size:
+        raise TooLarge(
+            f"The message has {len(data)} bytes; at most {limits.max_message_size} are allowed "
+            "(--max-message-size).",
+            _id_in_oversize(data, is_text=is_text),
+        )
+    if not is_text:
+        return _decode_binary(data)
+    # JSON spends at most six bytes on one: \u0000. Decoding more would only delay everybody.
+    if len(data) > 6 * limits.max_sql_length + MAX_HEADER_LENGTH:
+        raise TooLarge(
+            f"The message has {len(data)} bytes, more than sql may have (--max-sql-length, "
+            f"{limits.max_sql_length}). Send data with uploadArrow.",
+            _id_in_oversize(data, is_text=True),
+        )
+    return _decode_text(data, limits)
+
+
+def _decode_text(data: bytes, limits: Limits) -> Message:
+    fields = _json_object(data, "The message")
+    kind = fields.get("type")
+    if not isinstance(kind, str):
+        raise _bad(fields, "The message needs a field type, a string.")
+    decoder = _TEXT_DECODERS.get(kind)
+    if decoder is None:
+        known = ", ".join(sorted(_TEXT_DECODERS))
+        raise _bad(fields, f"Unknown message type {_shown(kind)}; known are {known}.")
+    return decoder(fields, limits)
+
+
+def _decode_binary(data: bytes) -> Message:
+    if data[:4] == _LORO_MAGIC:
+        raise BadRequest("A Loro update was sent, but this connection joined no room.")
+    if len(data) < 4:
+        raise BadRequest("A binary message begins with a 4-byte header length; this one is shorter.")
+    length = int.from_bytes(data[:4], "big")
+    if length > MAX_HEADER_LENGTH or 4 + length > len(data):
+        raise BadRequest(
+            f"The header length of the binary message is {length}, but at most "
+            f"{min(MAX_HEADER_LENGTH, len(data) - 4)} bytes can follow."
+        )
+    fields = _json_object(data[4 : 4 + length], "The header of the binary message")
+    if fields.get("type") != "uploadArrow":
+        raise _bad(fields, 'The header of a binary message needs type "uploadArrow".')
+    query_id = _query_id(fields)
+    try:
+        table = parse_table_name(fields.get("tableName"))
+    except BadRequest as error:
+        raise BadRequest(str(error), query_id) from error
+    return Upload(table, query_id, memoryview(data)[4 + length :])
+
+
+def _auth(fields: dict[str, Any], limits: Limits) -> Auth:
+    token = fields.get("token")
+    if not isinstance(token, str):
+        raise BadRequest("auth needs a field token, a string.")
+    return Auth(token)
+
+
+def _hello(fields: dict[str, Any], limits: Limits) -> Hello:
+    return Hello()
+
+
+def _query(fields: dict[str, Any], limits: Limits) -> Query:
+    query_id = _query_id(fields)
+    kind: QueryKind = fields["type"]
+    sql = fields.get("sql")
+    if not isinstance(sql, str):
+        raise BadRequest(f"{kind} needs a field sql, a string.", query_id)
+    _check_sql(sql, query_id, limits)
+    return Query(kind, sql, query_id)
+
+
+def _cancel(fields: dict[str, Any], limits: Limits) -> Cancel:
+    if "queryId" not in fields:
+        raise BadRequest("cancel needs a field queryId.")
+    return Cancel(_query_id(fields))
+
+
+_TEXT_DECODERS: dict[str, Callable[[dict[str, Any], Limits], Message]] = {
+    "auth": _auth,
+    "hello": _hello,
+    "arrow": _query,
+    "json": _query,
+    "exec": _query,
+    "cancel": _cancel,
+}
+
+
+def _check_sql(sql: str, query_id: QueryId, limits: Limits) -> None:
+    try:
+        length = len(sql) if sql.isascii() else len(sql.encode())
+    except UnicodeEncodeError as error:
+        raise BadRequest("sql holds half of a surrogate pair.", query_id) from error
+    if length > limits.max_sql_length:
+        raise TooLarge(
+            f"sql has {length} bytes; at most {limits.max_sql_length} are allowed "
+            "(--max-sql-length). Send data with uploadArrow.",
+            query_id,
+        )
+    if "\0" in sql:
+        raise BadRequest("sql holds a NUL character.", query_id)
+
+
+def _json_object(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        fields = ujson.loads(data)
+    except ValueError as error:
+        raise BadRequest(f"{what} is not JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise BadRequest(f"{what} must be a JSON object.")
+    return fields
+
+
+def _query_id(fields: dict[str, Any]) -> QueryId:
+    if "queryId" not in fields:
+        return str(uuid.uuid4())
+    value = fields["queryId"]
+    if isinstance(value, str):
+        if 0 < len(value) and len(value.encode("utf-8", "surrogatepass")) <= MAX_QUERY_ID_LENGTH:
+            return value
+    elif isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise BadRequest(
+        f"queryId must be a non-empty string of at most {MAX_QUERY_ID_LENGTH} bytes or an integer."
+    )
+
+
+def _bad(fields: dict[str, Any], text: str) -> BadRequest:
+    """The error for ``fields``, with their query id if that at least is valid."""
+    try:
+        query_id = _query_id(fields) if "queryId" in fields else None
+    except BadRequest:
+        query_id = None
+    return BadRequest(text, query_id)
+
+
+_ID_FIELD = re.compile(rb'"queryId"\s*:\s*("(?:[^"\\]|\\.){1,1024}"|-?\d{1,19})')
+
+
+def _id_in_oversize(data: bytes, *, is_text: bool) -> QueryId | None:
+    """The query id at either end of a message that is too large to be worth decoding."""
+    if not is_text:
+        ends = data[4 : 4 + min(int.from_bytes(data[:4], "big"), MAX_HEADER_LENGTH)]
+    else:
+        ends = data[:2048] + data[-2048:]
+    match = _ID_FIELD.search(ends)
+    try:
+        return _query_id({"queryId": ujson.loads(match[1])}) if match else None
+    except (ValueError, BadRequest):
+        return None
+
+
+def _shown(text: str) -> str:
+    """``text`` quoted and cut, for an error message."""
+    return ujson.dumps(text if len(text) <= 40 else text[:40] + "…", ensure_ascii=False)
+
+
+_TABLE_PART = re.compile(r'([^\W\d]\w*)|"((?:[^"]|"")+)"')
+
+
+def parse_table_name(text: object) -> TableName:
+    """The parts of ``table``, ``schema.table`` or ``catalog.schema.table``.
+
+    Each part is plain (a letter or underscore, then letters, digits and underscores) or in
+    double quotes, where a double quote is written twice. Anything else is ``BadRequest``.
+    """
+    refused = BadRequest(
+        "tableName must be table, schema.table or catalog.schema.table; a part that is not "
+        "letters, digits and underscores stands in double quotes."
+    )
+    if not isinstance(text, str) or "\0" in text:
+        raise refused
+    parts = []
+    position = 0
+    while True:
+        match = _TABLE_PART.match(text, position)
+        if match is None:
+            raise refused
+        part = match[1] or match[2].replace('""', '"')
+        try:
+            length = len(part.encode())
+        except UnicodeEncodeError:
+            raise refused from None
+        if length > MAX_IDENTIFIER_LENGTH:
+            raise BadRequest(f"A part of tableName is over {MAX_IDENTIFIER_LENGTH} bytes long.")
+        parts.append(part)
+        position = match.end()
+        if position == len(text) and len(parts) <= 3:
+            return tuple(parts)
+        if text[position : position + 1] != ".":
+            raise refused
+        position += 1
+
+
+def encode(fields: dict[str, Any]) -> bytes:
+    """A text message."""
+    return ujson.dumps(fields, escape_forward_slashes=False).encode()
+
+
+def encode_error(error: ServerError) -> bytes:
+    """The error frame of ``error``; the query id is left out when it is not known."""
+    fields: dict[str, Any] = {"type": "error"}
+    if error.query_id is not None:
+        fields["queryId"] = error.query_id
+    fields["error"] = str(error)
+    fields["code"] = error.code
+    return encode(fields)
+
+
+def encode_ok(query_id: QueryId) -> bytes:
+    """The reply to a statement that has nothing to tell."""
+    return encode({"type": "ok", "queryId": query_id})
+
+
+def arrow_prefix(query_id: QueryId) -> bytes:
+    """What stands before the Arrow IPC stream of a result: header length and header.
+
+    The header is padded with spaces to a multiple of 8 bytes with its length, so that a client
+    can read the columns in place.
+    """
+    header = encode({"type": "arrow", "queryId": query_id})
+    header += b" " * (-(4 + len(header)) % 8)
+    return len(header).to_bytes(4, "big") + header
+
+
+def json_prefix(query_id: QueryId) -> bytes:
+    """What stands before the escaped rows of a JSON result."""
+    return encode({"type": "json", "queryId": query_id})[:-1] + b',"data":"'
+
+
+JSON_SUFFIX = b'"}'

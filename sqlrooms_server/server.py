@@ -1,0 +1,204 @@
+"""One server: builds the parts from settings, hands messages to features, orders start and stop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from sqlrooms_server.access import Access, is_loopback
+from sqlrooms_server.db.engine import Engine
+from sqlrooms_server.db.store import create_meta_tables
+from sqlrooms_server.errors import BadRequest, ServerError, ShuttingDown, StartupError, Unauthorized
+from sqlrooms_server.features import Feature, MessageHandler, Route
+from sqlrooms_server.features.health import Health
+from sqlrooms_server.features.queries import Queries
+from sqlrooms_server.features.requests import Requests
+from sqlrooms_server.features.uploads import Uploads
+from sqlrooms_server.jobs import Scheduler
+from sqlrooms_server.peer import Peer
+from sqlrooms_server.protocol import Auth, Limits, Message, decode, encode
+from sqlrooms_server.settings import Settings
+from sqlrooms_server.transport import (
+    Connection,
+    Exchange,
+    HttpRequest,
+    Refusal,
+    Transport,
+    TransportLimits,
+)
+
+log = logging.getLogger(__name__)
+
+# How a stop spends its five seconds: interrupting queries, sending the last replies, and the
+# checkpoint. Nothing is lost when one of them is cut short.
+_STOP_QUERIES = 2.5
+_STOP_SENDING = 3.5
+_STOP_DATABASE = 4.5
+
+# An auth message; anything longer from a stranger is not worth decoding.
+_MAX_AUTH_BYTES = 16 << 10
+
+_AUTH_ACK = encode({"type": "authAck"})
+
+
+class Server:
+    """A DuckDB database behind a WebSocket port.
+
+    ``start`` opens both and returns the port, ``stop`` closes both; several servers can live in
+    one process. Raises ``StartupError`` with one line that says what to do.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._access = Access(settings)
+        self._limits = Limits(settings.max_message_size, settings.max_sql_length)
+        self._handlers: dict[type, MessageHandler] = {}
+        self._routes: dict[str, Route] = {}
+        self._features: Sequence[Feature] = ()
+        self._draining = False
+        self._transport = Transport(
+            self,
+            TransportLimits(
+                max_message_size=settings.max_message_size,
+                max_queued=settings.max_queued_bytes,
+                max_connections=settings.max_connections,
+                idle_timeout=settings.idle_timeout,
+            ),
+        )
+
+    def start(self) -> int:
+        """Open the database, listen, and return the port."""
+        settings = self.settings
+        if not is_loopback(settings.host) and not self._access.needs_token:
+            raise StartupError(
+                f"--host {settings.host} can be reached from other machines, so a token is needed: "
+                "set SQLROOMS_AUTH_TOKEN or --auth-token-file, or listen on 127.0.0.1."
+            )
+        self._engine = Engine(
+            settings.db_path, read_only=settings.read_only, extensions=settings.extensions
+        )
+        try:
+            create_meta_tables(self._engine, settings.meta_namespace, settings.meta_db)
+            self._scheduler = Scheduler(settings.worker_count, settings.max_queue)
+            try:
+                self._join_features()
+                return self._transport.start(settings.host, settings.port)
+            except BaseException:
+                self._scheduler.close(time.monotonic() + _STOP_QUERIES)
+                raise
+        except BaseException:
+            self._engine.close(time.monotonic() + _STOP_DATABASE)
+            raise
+
+    def stop(self) -> bool:
+        """Answer what is under way, close connections and the database; True when all ended.
+
+        Takes at most five seconds, whatever runs. False means that a query could not be
+        interrupted in time and its thread was left behind.
+        """
+        began = time.monotonic()
+        self._draining = True
+        self._health.drain()
+        self._transport.stop_listening()
+        ended = self._scheduler.close(began + _STOP_QUERIES)
+        reason = ShuttingDown("The server is shutting down.")
+        self._transport.post(self._requests.abandon, reason)
+        self._transport.stop(began + _STOP_SENDING)
+        return self._engine.close(began + _STOP_DATABASE) and ended
+
+    def _join_features(self) -> None:
+        post = self._transport.post
+        self._requests = Requests(self._scheduler, post, self.settings.max_in_flight)
+        self._health = Health(self._engine, self.settings, post)
+        self._features = (
+            self._requests,
+            Queries(self._engine, self._requests),
+            Uploads(self._engine, self._requests),
+            self._health,
+        )
+        for feature in self._features:
+            self._handlers.update(feature.handlers)
+            self._routes.update(feature.routes)
+
+    # What the transport calls, on the loop thread.
+
+    def upgrade(self, request: HttpRequest) -> Peer | Refusal:
+        refused = self._access.refuses(request)
+        if refused is not None:
+            log.warning("Refused a WebSocket from %s: %s.", request.remote_address, refused)
+            return Refusal(403, f"{refused}\n")
+        if self._draining:
+            return Refusal(503, "The server is shutting down.\n")
+        token = self._access.token_of(request)
+        authorised = not self._access.needs_token
+        refused_token = False
+        if token is not None and not authorised:
+            authorised = self._access.accepts(token)
+            refused_token = not authorised
+        return Peer(authorised=authorised, refused=refused_token)
+
+    def opened(self, connection: Connection) -> None:
+        peer: Peer = connection.handler_data
+        peer.attach(connection)
+        log.debug("%s connected from %s.", peer.id, connection.remote_address)
+        if peer.refused:
+            self._refuse(peer)
+
+    def message(self, connection: Connection, data: bytes, is_text: bool) -> None:
+        peer: Peer = connection.handler_data
+        if not peer.authorised:
+            self._authorise(peer, data, is_text)
+            return
+        try:
+            message = decode(data, is_text=is_text, limits=self._limits)
+            self._handle(peer, message)
+        except ServerError as error:
+            peer.send_error(error)
+
+    def closed(self, connection: Connection) -> None:
+        peer: Peer = connection.handler_data
+        for feature in self._features:
+            feature.closed(peer)
+        log.debug("%s left.", peer.id)
+
+    def http(self, request: HttpRequest, exchange: Exchange) -> None:
+        route = self._routes.get(request.path)
+        if route is None:
+            exchange.respond(404, b"not found")
+        elif request.method not in ("GET", "HEAD"):
+            exchange.respond(405, b"only GET is allowed here")
+        else:
+            route(request, exchange)
+
+    def _handle(self, peer: Peer, message: Message) -> None:
+        if isinstance(message, Auth):
+            if self._access.needs_token and not self._access.accepts(message.token):
+                self._refuse(peer)
+            else:
+                peer.send(_AUTH_ACK)
+            return
+        self._handlers[type(message)](peer, message)
+
+    def _authorise(self, peer: Peer, data: bytes, is_text: bool) -> None:
+        """The gate before every kind of frame: only the right token opens it."""
+        if peer.refused:
+            return
+        message: Message | None = None
+        if is_text and len(data) <= _MAX_AUTH_BYTES:
+            try:
+                message = decode(data, is_text=True, limits=self._limits)
+            except BadRequest:
+                message = None
+        if isinstance(message, Auth) and self._access.accepts(message.token):
+            peer.authorised = True
+            peer.send(_AUTH_ACK)
+        else:
+            self._refuse(peer)
+
+    def _refuse(self, peer: Peer) -> None:
+        peer.refused = True
+        peer.authorised = False
+        log.warning("Closed a connection from %s without a valid token.", peer.remote_address)
+        peer.send_error(Unauthorized("unauthorized"))
+        peer.close(1008, "unauthorized")

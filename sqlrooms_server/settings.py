@@ -1,0 +1,236 @@
+"""The table of settings: one declaration gives the flag, the environment variable, the TOML key
+and the row of the README.
+
+A value is taken from the command line, else from ``SQLROOMS_<NAME>``, else from the TOML file,
+else the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sqlrooms_server.errors import StartupError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ENVIRONMENT_PREFIX = "SQLROOMS_"
+
+_SIZE = re.compile(r"(\d+)\s*(B|KB|MB|GB|KiB|MiB|GiB)?", re.IGNORECASE)
+_UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+}
+
+
+def _setting(default: Any, help: str, *, unit: str = "", secret: bool = False) -> Any:
+    metadata = {"help": help, "unit": unit, "secret": secret}
+    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything a server can be told. Sizes are bytes, times are seconds."""
+
+    host: str = _setting("127.0.0.1", "Address or host name to listen on.")
+    port: int = _setting(4000, "TCP port to listen on; 0 takes a free one.")
+    db_path: str = _setting(
+        ":memory:", "DuckDB database file; created with its directory when it does not exist."
+    )
+    read_only: bool = _setting(False, "Open the database files for reading only.")
+    meta_db: str = _setting(
+        "", "Separate DuckDB file for the meta tables, instead of a schema in the main file."
+    )
+    meta_namespace: str = _setting(
+        "__sqlrooms", "Schema (or, with a separate file, database name) of the meta tables."
+    )
+    extensions: tuple[str, ...] = _setting(
+        (),
+        "DuckDB extensions to load at start: name, name@repository or the absolute path of a file.",
+    )
+    auth_token: str = _setting(
+        "",
+        "Token that clients must present. Prefer the environment variable or the file: "
+        "a command line is visible to other users of the machine.",
+        secret=True,
+    )
+    auth_token_file: str = _setting("", "File whose first line is the token.")
+    auth_cookie: str = _setting("", "Name of a cookie that may carry the token at the upgrade.")
+    allow_origin: tuple[str, ...] = _setting(
+        (),
+        "Origins of web pages that may connect, besides pages from this machine: "
+        "https://app.example.com, or * for any.",
+    )
+    allow_host: tuple[str, ...] = _setting(
+        (),
+        "Host names that clients may use to reach the server, besides those of this machine: "
+        "data.example.com, or * for any.",
+    )
+    max_connections: int = _setting(10_000, "WebSocket connections at one time.")
+    max_message_size: int = _setting(
+        128 << 20, "Largest message a client may send, uploads included.", unit="size"
+    )
+    max_sql_length: int = _setting(
+        4 << 20, "Longest SQL text of one message, in bytes of UTF-8.", unit="size"
+    )
+    max_in_flight: int = _setting(256, "Unanswered requests of one connection.")
+    max_queue: int = _setting(1000, "Queries of all connections that wait for a worker.")
+    max_queued_bytes: int = _setting(
+        64 << 20,
+        "Bytes of short replies that wait for a client which does not read; over it, "
+        "the connection is closed.",
+        unit="size",
+    )
+    workers: int = _setting(0, "Queries that run at one time; 0 means twice the cores, at least 4.")
+    idle_timeout: int = _setting(
+        40,
+        "Seconds of silence after which a client that does not answer a ping is disconnected "
+        "(8 to 960).",
+    )
+    log_level: str = _setting("info", "debug, info, warning or error.")
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("port", 0, 65535),
+            ("max_connections", 1, 1_000_000),
+            # The transport counts a message in 32 bits and is told twice this size.
+            ("max_message_size", 1 << 10, 1 << 30),
+            ("max_sql_length", 1 << 10, 1 << 30),
+            ("max_in_flight", 1, 1_000_000),
+            ("max_queue", 1, 1_000_000),
+            ("max_queued_bytes", 1 << 20, 1 << 40),
+            ("workers", 0, 1024),
+            # uWebSockets ends the process for anything outside.
+            ("idle_timeout", 8, 960),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise StartupError(f"{flag(name)} must be from {low} to {high}, not {value}.")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise StartupError(
+                f"--log-level must be debug, info, warning or error, not {self.log_level!r}."
+            )
+        if not self.meta_namespace.strip():
+            raise StartupError("--meta-namespace must not be empty.")
+
+    @property
+    def worker_count(self) -> int:
+        """Threads that run queries. More do not raise throughput, fewer let long queries block."""
+        return self.workers or max(4, 2 * (os.cpu_count() or 1))
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def environment_variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+def fields() -> tuple[dataclasses.Field[Any], ...]:
+    """The rows of the table, in order."""
+    return dataclasses.fields(Settings)
+
+
+def load(
+    flags: Mapping[str, Any], environment: Mapping[str, str], config: str | None = None
+) -> Settings:
+    """Merge the sources of settings.
+
+    ``flags`` holds only the values given on the command line. Raises ``StartupError`` naming
+    the source of a bad value.
+    """
+    values: dict[str, Any] = {}
+    if config:
+        values.update(_from_file(Path(config)))
+    for field in fields():
+        variable = environment_variable(field.name)
+        if variable in environment:
+            values[field.name] = parse(field, environment[variable], variable)
+    values.update(flags)
+    if values.get("auth_token_file"):
+        if values.get("auth_token"):
+            raise StartupError(
+                "Both a token and a token file are given; keep one of "
+                "--auth-token-file and SQLROOMS_AUTH_TOKEN."
+            )
+        values["auth_token"] = _token_from_file(values["auth_token_file"])
+    return Settings(**values)
+
+
+def parse(field: dataclasses.Field[Any], text: str, source: str) -> Any:
+    """The value that ``text`` stands for. Raises ``StartupError`` naming ``source``."""
+    default = field.default
+    text = text.strip()
+    if isinstance(default, bool):
+        if text.lower() in ("1", "true", "yes", "on"):
+            return True
+        if text.lower() in ("0", "false", "no", "off", ""):
+            return False
+        raise StartupError(f"{source} must be true or false, not {text!r}.")
+    if isinstance(default, int):
+        match = _SIZE.fullmatch(text)
+        if match and (match[2] is None or field.metadata["unit"] == "size"):
+            return int(match[1]) * _UNITS[(match[2] or "B").lower()]
+        wanted = "a size such as 128MiB" if field.metadata["unit"] == "size" else "a whole number"
+        raise StartupError(f"{source} must be {wanted}, not {text!r}.")
+    if isinstance(default, tuple):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    return text
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StartupError(f"Cannot read the settings file {path}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StartupError(f"The settings file {path} is not valid TOML: {error}.") from error
+    known = {field.name: field for field in fields()}
+    values = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        source = f"{key} in {path}"
+        if name not in known:
+            raise StartupError(f"{source} is not a setting; see sqlrooms-server --help.")
+        values[name] = _checked(known[name], value, source)
+    return values
+
+
+def _checked(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
+    if isinstance(field.default, tuple) and isinstance(value, list):
+        if all(isinstance(part, str) for part in value):
+            return tuple(value)
+        raise StartupError(f"{source} must be a list of strings.")
+    if isinstance(value, str):
+        return parse(field, value, source)
+    if type(value) is type(field.default):
+        return value
+    raise StartupError(f"{source} must be {type(field.default).__name__}, not {value!r}.")
+
+
+def _token_from_file(path: str) -> str:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise StartupError(f"Cannot read the token file {path}: {reason}.") from error
+    token = lines[0].strip() if lines else ""
+    if not token:
+        raise StartupError(f"The token file {path} has no token in its first line.")
+    return token

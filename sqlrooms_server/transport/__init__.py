@@ -1,0 +1,20 @@
+"""WebSocket and HTTP on one port. The only package that touches sockets.
+
+uWebSockets runs on a thread of its own, driven through the native layer of socketify: its
+Python classes poll the loop, never report a drained socket, and can lose data.
+"""
+
+from sqlrooms_server.transport.connection import Connection, Source
+from sqlrooms_server.transport.http import Exchange, HttpRequest
+from sqlrooms_server.transport.loop import Handler, Refusal, Transport, TransportLimits
+
+__all__ = [
+    "Connection",
+    "Exchange",
+    "Handler",
+    "HttpRequest",
+    "Refusal",
+    "Source",
+    "Transport",
+    "TransportLimits",
+]
