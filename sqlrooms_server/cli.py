@@ -62,11 +62,10 @@ def _argument(field: dataclasses.Field[Any]) -> dict[str, Any]:
 
 
 def _default_text(field: dataclasses.Field[Any]) -> str:
-    if isinstance(field.default, bool) or field.default in ("", ()):
+    default: Any = field.default
+    if isinstance(default, bool) or default in ("", ()):
         return ""
-    if field.metadata["unit"] == "size":
-        return f"{field.default >> 20}MiB"
-    return str(field.default)
+    return f"{default >> 20}MiB" if field.metadata["unit"] == "size" else str(default)
 
 
 def _settings(arguments: Sequence[str] | None) -> Settings:

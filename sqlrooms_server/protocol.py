@@ -119,7 +119,9 @@ def _decode_binary(data: bytes) -> Message:
     if data[:4] == _LORO_MAGIC:
         raise BadRequest("A Loro update was sent, but this connection joined no room.")
     if len(data) < 4:
-        raise BadRequest("A binary message begins with a 4-byte header length; this one is shorter.")
+        raise BadRequest(
+            "A binary message begins with a 4-byte header length; this one is shorter."
+        )
     length = int.from_bytes(data[:4], "big")
     if length > MAX_HEADER_LENGTH or 4 + length > len(data):
         raise BadRequest(

@@ -146,7 +146,10 @@ class Engine:
 
     @contextlib.contextmanager
     def cursor(self) -> Iterator[Cursor]:
-        """A fresh cursor for one job, closed at the end. Raises ``QueryError`` for DuckDB's errors."""
+        """A fresh cursor for one job, closed at the end.
+
+        DuckDB's errors come out as ``QueryError`` with their text, or ``Conflict``.
+        """
         cursor = Cursor(self._connection.cursor(), self)
         try:
             yield cursor

@@ -21,7 +21,7 @@ _LOCK_HOLDER = re.compile(r"Conflicting lock is held in (.*?\(PID \d+\))")
 def open_database(
     path: str, *, read_only: bool, config: Mapping[str, str]
 ) -> duckdb.DuckDBPyConnection:
-    """The connection to ``path``. Raises ``StartupError`` naming the file, the reason, the way out."""
+    """The connection to ``path``. Raises ``StartupError`` naming the file and the way out."""
     if path == MEMORY:
         if read_only:
             raise StartupError("--read-only needs a database file; give one with --db-path.")

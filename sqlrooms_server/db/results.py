@@ -35,7 +35,8 @@ def arrow_chunks(result: Result, first: pa.RecordBatch | None, prefix: bytes) ->
     """
     if first is None:
         first = pa.RecordBatch.from_arrays(
-            [pa.array([], field.type) for field in result.reader.schema], schema=result.reader.schema
+            [pa.array([], field.type) for field in result.reader.schema],
+            schema=result.reader.schema,
         )
     yield from _coalesced(_arrow_pieces(result.reader, first, prefix))
 

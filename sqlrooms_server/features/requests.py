@@ -34,7 +34,9 @@ class Request:
     The worker calls ``put`` and ``reply``; everything else belongs to the loop thread.
     """
 
-    def __init__(self, requests: Requests, peer: Peer, query_id: QueryId, broken_end: bytes) -> None:
+    def __init__(
+        self, requests: Requests, peer: Peer, query_id: QueryId, broken_end: bytes
+    ) -> None:
         self.peer = peer
         self.query_id = query_id
         self.cursor: Cursor | None = None
@@ -54,9 +56,7 @@ class Request:
             if not self._reply and len(chunk) < _STREAM_BYTES:
                 self._reply = bytes(chunk)
                 return False
-            self._outbox = Outbox(
-                on_room=self._resume, on_data=self._wake, on_sent=self._answered
-            )
+            self._outbox = Outbox(on_room=self._resume, on_data=self._wake, on_sent=self._answered)
             if self._reply:
                 self._outbox.put(self._reply)
             self._requests.post(self._start_stream)
@@ -135,9 +135,7 @@ class Request:
 class Requests:
     """The requests of all connections. A feature: it answers ``cancel``."""
 
-    def __init__(
-        self, scheduler: Scheduler, post: Callable[..., None], max_in_flight: int
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, post: Callable[..., None], max_in_flight: int) -> None:
         self.post = post
         self._scheduler = scheduler
         self._max_in_flight = max_in_flight
@@ -209,9 +207,7 @@ class Requests:
     def _cancel(self, peer: Peer, cancel: Cancel) -> None:
         request = self._of_peer.get(peer, {}).get(cancel.query_id)
         cancelled = request is not None and request.stop(Cancelled("The query was cancelled."))
-        peer.send(
-            encode({"type": "cancelAck", "queryId": cancel.query_id, "cancelled": cancelled})
-        )
+        peer.send(encode({"type": "cancelAck", "queryId": cancel.query_id, "cancelled": cancelled}))
 
 
 def as_server_error(error: BaseException) -> ServerError:

@@ -72,9 +72,7 @@ class Exchange:
         kind = content_type.encode()
         native.lib.uws_res_write_status(native.PLAIN, res, reason, len(reason))
         for name, value in ((b"Content-Type", kind), (b"Cache-Control", b"no-store")):
-            native.lib.uws_res_write_header(
-                native.PLAIN, res, name, len(name), value, len(value)
-            )
+            native.lib.uws_res_write_header(native.PLAIN, res, name, len(name), value, len(value))
         # A refused request may have a body under way, which nothing reads: close then.
         native.lib.uws_res_end(native.PLAIN, res, body, len(body), status != 200)
 

@@ -327,9 +327,7 @@ class Transport:
     def _on_http(self, res: Any, req: Any, user_data: Any) -> None:
         number = next(self._ids)
         exchange = self._exchanges[number] = Exchange(res)
-        lib.uws_res_on_aborted(
-            PLAIN, res, self._on_abort_callback, native.integer_pointer(number)
-        )
+        lib.uws_res_on_aborted(PLAIN, res, self._on_abort_callback, native.integer_pointer(number))
         try:
             self._handler.http(read_request(res, req), exchange)
         except Exception:  # loop-callback guard
