@@ -1,0 +1,120 @@
+"""Servers for the tests: in this process, or as a process of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from sqlrooms_server.server import Server
+from sqlrooms_server.settings import Settings
+from tests.wire import DEADLINE, Wire
+
+
+class ServerProcess:
+    """``python -m sqlrooms_server`` on a free port."""
+
+    def __init__(self, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "sqlrooms_server", "--port", "0", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.welcome = self._read_welcome()
+        address = re.search(r"ws://\S+:(\d+)", self.welcome)
+        if address is None:
+            self.process.kill()
+            raise AssertionError(f"The server did not start: {self.process.stderr.read()}")  # type: ignore[union-attr]
+        self.port = int(address[1])
+        self.url = f"ws://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def _read_welcome(self) -> str:
+        assert self.process.stdout is not None
+        lines = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if "Ctrl+C" in line:
+                break
+        return "".join(lines)
+
+    def connect(self, **options: Any) -> Wire:
+        return Wire(self.url, **options)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and wait for the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        status = self.process.wait(DEADLINE)
+        self.errors = self.process.stderr.read()  # type: ignore[union-attr]
+        self.process.stdout.close()  # type: ignore[union-attr]
+        self.process.stderr.close()  # type: ignore[union-attr]
+        return status
+
+
+class LocalServer:
+    """A server in this process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.server = Server(settings)
+        self.port = self.server.start()
+        self.url = f"ws://127.0.0.1:{self.port}"
+
+    def connect(self, path: str = "/", **options: Any) -> Wire:
+        return Wire(self.url + path, **options)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., ServerProcess]]:
+    """Starts server processes with the given arguments; they end with the test."""
+    started: list[ServerProcess] = []
+
+    def start(*arguments: str, environment: dict[str, str] | None = None) -> ServerProcess:
+        started.append(ServerProcess(arguments, environment or {}))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.process.poll() is None:
+            process.stop(signal.SIGKILL)
+        for pipe in (process.process.stdout, process.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+@pytest.fixture
+def launch() -> Iterator[Callable[..., LocalServer]]:
+    """Starts servers in this process with the given settings; they stop with the test."""
+    with ExitStack() as stack:
+
+        def start(**settings: Any) -> LocalServer:
+            local = LocalServer(Settings(port=0, **settings))
+            stack.callback(local.server.stop)
+            return local
+
+        yield start
+
+
+@pytest.fixture
+def server(launch: Callable[..., LocalServer]) -> LocalServer:
+    """A server in this process with a database in memory."""
+    return launch()
+
+
+@pytest.fixture
+def wire(server: LocalServer) -> Iterator[Wire]:
+    """A connection to ``server``."""
+    with server.connect() as connected:
+        yield connected
