@@ -1,7 +1,7 @@
 """A small Python client, for notebooks and scripts. Needs the extra ``client``.
 
-    with connect("ws://localhost:4000") as db:
-        table = db.query("select 42 as answer")
+with connect("ws://localhost:4000") as db:
+    table = db.query("select 42 as answer")
 """
 
 from __future__ import annotations

@@ -161,7 +161,8 @@ class Scheduler:
         """
         with self._lock:
             self._closed = True
-            jobs = list(self._jobs)
+            # Those that wait first: ending one that runs would let a worker start one of them.
+            jobs = sorted(self._jobs, key=lambda job: job.state is not State.QUEUED)
         for job in jobs:
             job.stop(ShuttingDown("The server is shutting down."))
         with self._idle:

@@ -45,9 +45,7 @@ def test_attached_database_is_there_for_the_next_message(wire: Wire) -> None:
     assert wire.table("from other.t").to_pydict() == {"i": [7]}
 
 
-SETUP = (
-    "create table t(i int primary key, s varchar); insert into t values (1, 'a'), (2, 'b'), (3, 'c')"
-)
+SETUP = "create table t(i int primary key, s varchar); insert into t values (1, 'a'), (2, 'b'), (3, 'c')"
 
 COUNTS = [
     ("insert into t values (4, 'd'), (5, 'e')", 2),
@@ -145,7 +143,7 @@ def test_json_of_many_rows_arrives_whole(wire: Wire) -> None:
 
 
 def test_ids_come_back_as_they_were_sent(wire: Wire) -> None:
-    for query_id in ("a", "ü" * 128, 0, -5, 2**53, 2**70, "q\"\\\u0000"):
+    for query_id in ("a", "ü" * 128, 0, -5, 2**53, 2**70, 'q"\\\u0000'):
         for kind in ("arrow", "json", "exec"):
             reply = wire.request(type=kind, sql="select 1", queryId=query_id)
             header = reply.header if isinstance(reply, Arrow) else reply
@@ -173,7 +171,7 @@ def test_an_error_after_the_first_rows_breaks_the_message_and_follows_it(wire: W
     sql = "select case when i = 4000000 then error('boom') else i end from range(5000000) t(i)"
     broken = wire.arrow(sql, "late")
     assert isinstance(broken, Arrow)
-    with pytest.raises(pa.ArrowInvalid):
+    with pytest.raises((pa.ArrowInvalid, OSError)):
         broken.table()
     error = wire.receive()
     assert error["queryId"] == "late"
@@ -210,7 +208,9 @@ def test_python_variables_are_not_tables(wire: Wire) -> None:
 
 def test_fifty_queries_at_once(wire: Wire) -> None:
     for number in range(50):
-        wire.send(type="arrow", sql=f"select {number} as n, count(*) from range(100000)", queryId=number)
+        wire.send(
+            type="arrow", sql=f"select {number} as n, count(*) from range(100000)", queryId=number
+        )
     replies = [wire.receive() for _ in range(50)]
     assert {reply.header["queryId"]: reply.table()["n"][0].as_py() for reply in replies} == {
         number: number for number in range(50)

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from sqlrooms_server.db.statements import Classifier, Statements, quote_identifi
 from sqlrooms_server.errors import Cancelled, Conflict, QueryError, ServerError
 
 log = logging.getLogger(__name__)
+
+# 2.x recommends sql() for Arrow, which streams but may report an interrupt for a committed change.
+warnings.filterwarnings("ignore", "Arrow output on a DB-API result", UserWarning)
 
 _T = TypeVar("_T")
 
@@ -78,6 +82,8 @@ class Cursor:
 
     def __init__(self, native: duckdb.DuckDBPyConnection, engine: Engine) -> None:
         self.native = native
+        # Whether a statement that changes something has finished.
+        self.has_written = False
         self._engine = engine
         self._interrupted = False
 
@@ -107,16 +113,42 @@ class Cursor:
         return self._engine.retrying(self, lambda: self._open(sql, statements, for_json))
 
     def _open(self, sql: str, statements: Statements, for_json: bool) -> Result | None:
+        if statements.end_in_change:
+            return self._change(sql, statements)
         exact = for_json and statements.is_one_select
         # Either a relation or the cursor itself; both tell their columns and give a reader.
         opened: Any = (self.native.sql if _STREAMS_FROM_SQL or exact else self.native.execute)(sql)
         if opened is None:
             return None
-        columns = tuple(Column(entry[0], entry[1]) for entry in opened.description)
+        columns = _columns(opened)
         if exact:
             opened = exact_for_json(opened, columns)
-        rows = max(_MIN_BATCH_ROWS, _BATCH_VALUES // max(1, len(columns)))
-        return Result(opened.to_arrow_reader(rows), columns, statements)
+        return Result(opened.to_arrow_reader(_batch_rows(columns)), columns, statements)
+
+    def _change(self, sql: str, statements: Statements) -> Result:
+        """Run a text whose last statement changes something.
+
+        Its result is complete before the first row is read. Of all ways to run it, only
+        execute() and fetchall() never report an interrupt for what was committed.
+        """
+        self.native.execute(sql)
+        self.has_written = True
+        columns = _columns(self.native)
+        if tuple(column.name for column in columns) == ("Count",):
+            counts = [row[0] for row in self.native.fetchall()]
+            batch = pa.RecordBatch.from_pydict({"Count": pa.array(counts, pa.int64())})
+            return Result(
+                pa.RecordBatchReader.from_batches(batch.schema, [batch]), columns, statements
+            )
+        return Result(self.native.to_arrow_reader(_batch_rows(columns)), columns, statements)
+
+
+def _columns(opened: Any) -> tuple[Column, ...]:
+    return tuple(Column(entry[0], entry[1]) for entry in opened.description)
+
+
+def _batch_rows(columns: tuple[Column, ...]) -> int:
+    return max(_MIN_BATCH_ROWS, _BATCH_VALUES // max(1, len(columns)))
 
 
 class Engine:

@@ -14,8 +14,8 @@ from sqlrooms_server.errors import BadRequest
 MAX_NESTING = 1000
 
 # extract_statements holds the interpreter lock: 18 ms (1.5) to 184 ms (2.x) for 20,000 columns.
-# A longer text is left unclassified, which costs it only the retry after a conflict.
-MAX_CLASSIFIED_LENGTH = 64 << 10
+# A longer text is judged by its first word.
+MAX_PARSED_LENGTH = 64 << 10
 
 _MEMO_ENTRIES = 1024
 _MEMO_TEXT_LENGTH = 4 << 10
@@ -24,6 +24,16 @@ _MEMO_TEXT_LENGTH = 4 << 10
 _CHANGING = frozenset(
     "INSERT UPDATE DELETE MERGE_INTO COPY CREATE DROP ALTER ATTACH DETACH EXPORT".split()
 )
+
+_KINDS_BY_WORD = {
+    "SELECT": "SELECT",
+    "FROM": "SELECT",
+    "VALUES": "SELECT",
+    "INSERT": "INSERT",
+    "UPDATE": "UPDATE",
+    "DELETE": "DELETE",
+    "CREATE": "CREATE",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +51,9 @@ class Statements:
         return self.kinds == ("SELECT",)
 
     @property
-    def change_something(self) -> bool:
-        """Whether one of the statements changes data or the catalog."""
-        return self.kinds is not None and not _CHANGING.isdisjoint(self.kinds)
+    def end_in_change(self) -> bool:
+        """Whether the last statement changes data or the catalog."""
+        return bool(self.kinds and self.kinds[-1] in _CHANGING)
 
     @property
     def may_retry(self) -> bool:
@@ -87,13 +97,22 @@ class Classifier:
 
 
 def _kinds(cursor: duckdb.DuckDBPyConnection, sql: str) -> tuple[str, ...] | None:
-    if len(sql) > MAX_CLASSIFIED_LENGTH:
-        return None
+    if len(sql) > MAX_PARSED_LENGTH:
+        return _kinds_of_long(sql)
     try:
         return tuple(statement.type.name for statement in cursor.extract_statements(sql))
     except (duckdb.Error, ValueError):
         # ValueError: 2.x has kinds its Python enumeration does not know (UPDATE EXTENSIONS).
         return None
+
+
+def _kinds_of_long(sql: str) -> tuple[str, ...] | None:
+    """The kind of a text that is certainly one statement; None for any other."""
+    word = re.match(r"\s*(\w+)", sql)
+    if word is None or ";" in sql.rstrip().rstrip(";"):
+        return None
+    kind = _KINDS_BY_WORD.get(word[1].upper())
+    return None if kind is None else (kind,)
 
 
 _BRACKET_OR_LITERAL = re.compile(

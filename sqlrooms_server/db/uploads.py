@@ -30,7 +30,8 @@ def create_table(engine: Engine, cursor: Cursor, table: tuple[str, ...], body: m
         source = _Source(body)
         cursor.native.register(_SOURCE, source.reader())
         try:
-            cursor.native.execute(statement).fetchall()
+            cursor.native.execute(statement)
+            cursor.has_written = True
         except (duckdb.Error, pa.ArrowException) as error:
             if source.failure is not None:
                 raise _broken(source.failure) from error

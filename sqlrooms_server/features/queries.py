@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sqlrooms_server.db.engine import Engine, Result
+from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.results import BROKEN_ARROW, arrow_chunks, json_chunks
 from sqlrooms_server.features import MessageHandler, Route
 from sqlrooms_server.features.requests import Request, Requests
@@ -46,9 +46,9 @@ class Queries:
             if result is None:
                 request.reply(encode_ok(query.query_id))
                 return
-            request.has_written = result.statements.change_something
             if query.kind == "exec":
-                yield from self._exhaust(result)
+                for _ in result.reader:
+                    pass
                 request.reply(encode_ok(query.query_id))
                 return
             first = result.first_batch()
@@ -65,9 +65,3 @@ class Queries:
                     yield Pause.FULL
                 elif request.is_streaming:
                     yield Pause.TURN
-
-    @staticmethod
-    def _exhaust(result: Result) -> Work:
-        """Run a query to its end without sending its rows."""
-        for _ in result.reader:
-            yield Pause.TURN

@@ -41,8 +41,6 @@ class Request:
         self.query_id = query_id
         self.cursor: Cursor | None = None
         self.is_text = True
-        # Set by the worker once a statement that changes something has finished.
-        self.has_written = False
         self.answered = False
         self.job: Job | None = None
         self._requests = requests
@@ -69,6 +67,10 @@ class Request:
     @property
     def is_streaming(self) -> bool:
         return self._outbox is not None
+
+    @property
+    def _has_written(self) -> bool:
+        return self.cursor is not None and self.cursor.has_written
 
     def interrupt(self) -> None:
         """Cut short what the worker does. From any thread."""
@@ -101,7 +103,7 @@ class Request:
         if self._outbox is not None:
             self._outbox.fail(self._broken_end)
         text = str(error)
-        if self.has_written and isinstance(error, Cancelled | ShuttingDown):
+        if self._has_written and isinstance(error, Cancelled | ShuttingDown):
             text += " The statement itself had finished; its changes stand."
         self.peer.send_error(type(error)(text, self.query_id))
         self._answered()
@@ -195,7 +197,8 @@ class Requests:
 
     def closed(self, peer: Peer) -> None:
         """Stop what a client left behind."""
-        for request in list(self._of_peer.get(peer, {}).values()):
+        # The newest first: ending one that runs would let a worker start one that waits.
+        for request in reversed(list(self._of_peer.get(peer, {}).values())):
             request.stop(Cancelled("The connection was closed."))
 
     def abandon(self, reason: ServerError) -> None:

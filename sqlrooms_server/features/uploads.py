@@ -38,7 +38,6 @@ class Uploads:
         with self._engine.cursor() as cursor:
             request.cursor = cursor
             create_table(self._engine, cursor, upload.table, upload.body)
-            request.has_written = True
         request.reply(encode({"type": "uploadAck", "queryId": upload.query_id}))
         return
         yield  # a job is a generator, also one that never pauses
