@@ -71,7 +71,7 @@ def wire_beside(wire: Wire) -> Wire:
 def test_cancel_while_streaming_json(wire: Wire) -> None:
     wire.send(type="json", sql=STREAM, queryId="json")
     wire.send(type="cancel", queryId="json")
-    seen = []
+    seen: list[str] = []
     while len(seen) < 2:
         message = wire.socket.recv()
         assert isinstance(message, str)

@@ -248,7 +248,7 @@ def test_a_full_queue_says_busy_at_once(launch: Callable[..., LocalServer]) -> N
     with launch(workers=1, max_queue=2).connect() as wire:
         wire.send(type="exec", sql=ENDLESS, queryId="runs")
         # It has to leave the queue first: sums of one number tell that a worker took it.
-        refused = []
+        refused: list[dict[str, str]] = []
         sent = 0
         while not refused:
             sent += 1

@@ -10,6 +10,7 @@ idle timeout out of range, an empty host.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -31,6 +32,17 @@ _NO_BUILD = (
     "The WebSocket library has no build for this platform ({reason}). There are builds for "
     "Linux x86-64 with glibc, macOS and Windows x86-64."
 )
+
+
+def _load_standard_library() -> None:
+    """Load the C++ library of the system before socketify, which brings an old one inside.
+
+    The loader unifies some of their symbols, the first one wins, and with socketify's locale
+    everything else in the process that uses a regular expression in C++ (Arrow, for time
+    zones) crashes.
+    """
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libstdc++.so.6", ctypes.RTLD_GLOBAL)
 
 
 def _load_socketify() -> Any:
@@ -61,6 +73,7 @@ def _load_socketify() -> Any:
     return module
 
 
+_load_standard_library()
 _socketify = _load_socketify()
 ffi: Any = _socketify.ffi
 lib: Any = _socketify.lib

@@ -1,0 +1,187 @@
+"""Whatever a client sends, it gets one error that names what was wrong, and its connection lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tests.conftest import LocalServer
+from tests.wire import Wire, framed, ipc
+
+
+def assert_lives(wire: Wire) -> None:
+    assert wire.table("select 1 as a").to_pydict() == {"a": [1]}
+
+
+TEXTS = [
+    ("", "not JSON"),
+    ("select 1", "not JSON"),
+    ("{", "not JSON"),
+    ('{"type":"arrow"} x', "not JSON"),
+    ("[" * 100_000 + "]" * 100_000, "not JSON"),
+    ('{"a":' * 100_000 + "1" + "}" * 100_000, "not JSON"),
+    ("[]", "must be a JSON object"),
+    ("null", "must be a JSON object"),
+    ("17", "must be a JSON object"),
+    ('"arrow"', "must be a JSON object"),
+    ("{}", "needs a field type"),
+    ('{"type":5}', "needs a field type"),
+    ('{"type":null}', "needs a field type"),
+    ('{"type":["arrow"],"sql":"select 1"}', "needs a field type"),
+    ('{"type":"unknown"}', 'Unknown message type "unknown"; known are arrow'),
+    ('{"type":"ARROW","sql":"select 1"}', "Unknown message type"),
+    ('{"type":"arrow"}', "arrow needs a field sql"),
+    ('{"type":"json","sql":null}', "json needs a field sql"),
+    ('{"type":"exec","sql":["select 1"]}', "exec needs a field sql"),
+    ('{"type":"arrow","sql":"select \\u0000 1"}', "NUL"),
+    ('{"type":"arrow","sql":"select \'\\ud800\'"}', "surrogate"),
+    ('{"type":"cancel"}', "cancel needs a field queryId"),
+    ('{"type":"auth","token":5}', "auth needs a field token"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), TEXTS, ids=[text[:40] for text, _ in TEXTS])
+def test_text(wire: Wire, text: str, expected: str) -> None:
+    wire.send_raw(text)
+    reply = wire.receive()
+    assert reply["type"] == "error"
+    assert reply["code"] == "bad_request"
+    assert expected in reply["error"]
+    assert_lives(wire)
+
+
+@pytest.mark.parametrize(
+    "query_id", [None, True, False, 1.5, "", "x" * 257, "ü" * 129, [], [1], {}]
+)
+@pytest.mark.parametrize("kind", ["arrow", "json", "exec", "cancel", "uploadArrow"])
+def test_query_ids_of_every_type(wire: Wire, kind: str, query_id: Any) -> None:
+    if kind == "uploadArrow":
+        reply = wire.upload(pa.table({"a": [1]}), tableName="t", queryId=query_id)
+    else:
+        reply = wire.request(type=kind, sql="select 1", queryId=query_id)
+    assert reply["type"] == "error"
+    assert reply["code"] == "bad_request"
+    assert "queryId must be" in reply["error"]
+    assert "queryId" not in reply
+    assert_lives(wire)
+
+
+def test_an_error_carries_the_id_of_its_request(wire: Wire) -> None:
+    for fields in (
+        {"type": "arrow"},
+        {"type": "nonsense"},
+        {"type": "exec", "sql": "x" * (5 << 20)},
+        {"type": "json", "sql": "select \0"},
+    ):
+        assert wire.request(queryId="mine", **fields)["queryId"] == "mine"
+    assert_lives(wire)
+
+
+BINARIES = [
+    (b"", "4-byte header length"),
+    (b"\x00\x00", "4-byte header length"),
+    (b"\x00\x00\x00\x10{}", "header length"),
+    (b"\xff\xff\xff\xff" + b"x" * 100, "header length"),
+    (b"\x00\x00\x00\x00", "not JSON"),
+    (b"\x00\x00\x00\x04\xff\xfe\xfd\xfc", "not JSON"),
+    (framed({}, b""), 'needs type "uploadArrow"'),
+    (framed({"type": "arrow", "sql": "select 1"}, b""), 'needs type "uploadArrow"'),
+    (framed({"type": "uploadArrow"}, b""), "tableName must be"),
+    (framed({"type": "uploadArrow", "tableName": 5}, b""), "tableName must be"),
+    (framed({"type": "uploadArrow", "tableName": "t"}, b""), "not a valid Arrow IPC stream"),
+    (framed({"type": "uploadArrow", "tableName": "t"}, b"garbage"), "not a valid Arrow IPC stream"),
+    (b"loro\x00\x00\x00\x00", "joined no room"),
+]
+
+
+@pytest.mark.parametrize(("data", "expected"), BINARIES, ids=[expected for _, expected in BINARIES])
+def test_binary(wire: Wire, data: bytes, expected: str) -> None:
+    wire.send_raw(data)
+    reply = wire.receive()
+    assert reply["type"] == "error"
+    assert reply["code"] == "bad_request"
+    assert expected in reply["error"]
+    assert_lives(wire)
+
+
+def test_a_long_sql_text_is_too_large(wire: Wire) -> None:
+    reply = wire.arrow("select '" + "x" * (5 << 20) + "'")
+    assert reply["code"] == "too_large"
+    assert "--max-sql-length" in reply["error"]
+    assert_lives(wire)
+
+
+def test_the_longest_allowed_text_runs(launch: Callable[..., LocalServer]) -> None:
+    with launch(max_sql_length=1 << 20).connect() as wire:
+        sql = "select '" + "x" * ((1 << 20) - 9) + "'"
+        assert wire.table(sql).num_rows == 1
+        assert wire.arrow(sql + " ")["code"] == "too_large"
+
+
+def test_messages_of_the_largest_size_are_answered(wire: Wire) -> None:
+    """128 MiB of text, of a header, of an upload that is none."""
+    size = 128 << 20
+    start = '{"type":"arrow","queryId":"big","sql":"'
+    wire.send_raw(start + "x" * (size - len(start) - 2) + '"}')
+    reply = wire.receive()
+    assert (reply["code"], reply["queryId"]) == ("too_large", "big")
+    header = framed({"type": "uploadArrow", "tableName": "t", "queryId": 7}, b"")
+    wire.send_raw(header + b"\0" * (size - len(header)))
+    reply = wire.receive()
+    assert (reply["code"], reply["queryId"]) == ("bad_request", 7)
+    assert_lives(wire)
+
+
+def test_a_message_over_the_limit_is_refused_by_name(launch: Callable[..., LocalServer]) -> None:
+    with launch(max_message_size=1 << 20).connect() as wire:
+        table = pa.table({"a": [b"x" * (1 << 20)]})
+        reply = wire.upload(table, tableName="t", queryId="up")
+        assert (reply["code"], reply["queryId"]) == ("too_large", "up")
+        assert "--max-message-size" in reply["error"]
+        assert_lives(wire)
+
+
+@pytest.mark.parametrize("bracket", ["()", "[]"])
+def test_sql_that_nests_too_deeply_meets_no_parser(wire: Wire, bracket: str) -> None:
+    depth = 100_000
+    reply = wire.arrow("select " + bracket[0] * depth + "1" + bracket[1] * depth)
+    assert reply["code"] == "bad_request"
+    assert "nests brackets deeper than 1000" in reply["error"]
+    assert_lives(wire)
+
+
+def test_many_brackets_side_by_side_are_fine(wire: Wire) -> None:
+    values = ", ".join(f"({number}, '(((')" for number in range(5000))
+    assert (
+        wire.table(f"select count(*) as n from (values {values}) t(a, b)")["n"][0].as_py() == 5000
+    )
+
+
+def test_upload_bodies_with_flipped_bytes_never_end_the_process(wire: Wire) -> None:
+    """Offsets that point outside end a process that trusts them."""
+    import random
+
+    table = pa.table(
+        {
+            "i": list(range(50)),
+            "s": [f"text {i}" for i in range(50)],
+            "l": [[i, i + 1] for i in range(50)],
+            "d": pa.array(["a", "b"] * 25).dictionary_encode(),
+        }
+    )
+    body = ipc(table)
+    wire.upload(table, tableName="kept", queryId="first")
+    chance = random.Random(17)
+    for number in range(300):
+        broken = bytearray(body)
+        for _ in range(chance.randrange(1, 8)):
+            broken[chance.randrange(len(broken))] = chance.randrange(256)
+        if number % 5 == 0:
+            del broken[chance.randrange(len(broken)) :]
+        reply = wire.upload(bytes(broken), tableName="fuzzed", queryId=number)
+        assert reply["type"] in ("uploadAck", "error"), reply
+        assert reply["queryId"] == number
+    assert wire.rows("select count(*) as n from kept") == [{"n": 50}]
