@@ -31,7 +31,7 @@ class Wire:
     def __init__(self, url: str, **options: Any) -> None:
         self._stack = ExitStack()
         opening = connect_websocket(
-            url, max_size=None, compression=None, open_timeout=DEADLINE, **options
+            url, max_size=None, compression=None, open_timeout=DEADLINE, close_timeout=1, **options
         )
         self.socket: ClientConnection = self._stack.enter_context(opening)
 

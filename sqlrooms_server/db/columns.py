@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlrooms_server.db.statements import quote_identifier
+from sqlrooms_server.db.statements import quote_identifier, without_end
 
 # Arrow drops the offset of TIMETZ, and 1.5 has no Arrow form of VARIANT at all.
 _CASTS = {"time with time zone": "VARCHAR", "variant": "JSON"}
@@ -34,16 +34,16 @@ def unique_names(columns: tuple[Column, ...]) -> list[str]:
     return names
 
 
-def exact_for_json(relation: Any, columns: tuple[Column, ...]) -> Any:
-    """``relation``, its columns cast by DuckDB where Arrow would lose a part of the value."""
+def exact_for_json(sql: str, columns: tuple[Column, ...]) -> str | None:
+    """The query ``sql`` with casts where Arrow would lose a part of a value; None when nowhere."""
     casts = [_cast(column.type) for column in columns]
     if not any(casts):
-        return relation
+        return None
     expressions = []
     for number, (column, cast) in enumerate(zip(columns, casts, strict=True), 1):
         expression = f"CAST(#{number} AS {cast})" if cast else f"#{number}"
         expressions.append(f"{expression} AS {quote_identifier(column.name)}")
-    return relation.project(", ".join(expressions))
+    return f"SELECT {', '.join(expressions)} FROM (\n{without_end(sql)}\n)"
 
 
 def _cast(type_: Any) -> str | None:

@@ -121,8 +121,9 @@ class Cursor:
         if opened is None:
             return None
         columns = _columns(opened)
-        if exact:
-            opened = exact_for_json(opened, columns)
+        cast = exact_for_json(sql, columns) if exact else None
+        if cast is not None:
+            opened = self.native.sql(cast)
         return Result(opened.to_arrow_reader(_batch_rows(columns)), columns, statements)
 
     def _change(self, sql: str, statements: Statements) -> Result:

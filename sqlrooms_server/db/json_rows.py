@@ -153,7 +153,7 @@ def _interval(value: Any) -> str:
     years = int(value.months / 12)
     for count, unit in ((years, "year"), (value.months - 12 * years, "month"), (value.days, "day")):
         if count:
-            parts.append(f"{count} {unit}" + ("" if count == 1 else "s"))
+            parts.append(f"{count} {unit}" + ("" if abs(count) == 1 else "s"))
     if value.nanoseconds or not parts:
         seconds, micros = divmod(abs(value.nanoseconds) // 1000, 1_000_000)
         minutes, second = divmod(seconds, 60)

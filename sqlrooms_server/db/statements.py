@@ -142,6 +142,24 @@ def nesting(sql: str) -> int:
     return deepest
 
 
+def without_end(sql: str) -> str:
+    """A single statement without the semicolons, comments and spaces after it."""
+    end = 0
+    position = 0
+    for match in _BRACKET_OR_LITERAL.finditer(sql):
+        end = _end_of_code(sql, position, match.start(), end)
+        position = match.end()
+        if not match[0].startswith(("--", "/*")):
+            end = position
+    return sql[: _end_of_code(sql, position, len(sql), end)]
+
+
+def _end_of_code(sql: str, start: int, stop: int, before: int) -> int:
+    """Where the last code of ``sql[start:stop]`` ends; ``before`` when there is none."""
+    code = sql[start:stop].rstrip().rstrip("; \t\r\n")
+    return start + len(code) if code else before
+
+
 def quote_identifier(name: str) -> str:
     """``name`` as a SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
