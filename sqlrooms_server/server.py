@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -54,9 +55,8 @@ class Server:
         self._access = Access(settings)
         self._limits = Limits(settings.max_message_size, settings.max_sql_length)
         self._handlers: dict[type, MessageHandler] = {}
-        self._routes: dict[str, Route] = {}
-        self._features: Sequence[Feature] = ()
-        self._draining = False
+        self._is_ready = False
+        self._is_draining = False
         self._transport = Transport(
             self,
             TransportLimits(
@@ -66,30 +66,34 @@ class Server:
                 idle_timeout=settings.idle_timeout,
             ),
         )
+        self._health = Health(settings, self._transport.post)
+        self._features: Sequence[Feature] = (self._health,)
+        self._routes: dict[str, Route] = dict(self._health.routes)
 
     def start(self) -> int:
-        """Open the database, listen, and return the port."""
+        """Listen, open the database, and return the port.
+
+        Until the database is open, WebSockets are refused and ``/readyz`` answers 503.
+        """
         settings = self.settings
         if not is_loopback(settings.host) and not self._access.needs_token:
             raise StartupError(
                 f"--host {settings.host} can be reached from other machines, so a token is needed: "
                 "set SQLROOMS_AUTH_TOKEN or --auth-token-file, or listen on 127.0.0.1."
             )
-        self._engine = Engine(
-            settings.db_path, read_only=settings.read_only, extensions=settings.extensions
-        )
-        try:
+        with contextlib.ExitStack() as undo:
+            port = self._transport.start(settings.host, settings.port)
+            undo.callback(lambda: self._transport.stop(time.monotonic()))
+            self._engine = Engine(
+                settings.db_path, read_only=settings.read_only, extensions=settings.extensions
+            )
+            undo.callback(lambda: self._engine.close(time.monotonic() + _STOP_DATABASE))
             create_meta_tables(self._engine, settings.meta_namespace, settings.meta_db)
             self._scheduler = Scheduler(settings.worker_count, settings.max_queue)
-            try:
-                self._join_features()
-                return self._transport.start(settings.host, settings.port)
-            except BaseException:
-                self._scheduler.close(time.monotonic() + _STOP_QUERIES)
-                raise
-        except BaseException:
-            self._engine.close(time.monotonic() + _STOP_DATABASE)
-            raise
+            undo.pop_all()
+        self._join_features()
+        self._is_ready = True
+        return port
 
     def stop(self) -> bool:
         """Answer what is under way, close connections and the database; True when all ended.
@@ -98,7 +102,7 @@ class Server:
         interrupted in time and its thread was left behind.
         """
         began = time.monotonic()
-        self._draining = True
+        self._is_draining = True
         self._health.drain()
         self._transport.stop_listening()
         ended = self._scheduler.close(began + _STOP_QUERIES)
@@ -108,14 +112,15 @@ class Server:
         return self._engine.close(began + _STOP_DATABASE) and ended
 
     def _join_features(self) -> None:
-        post = self._transport.post
-        self._requests = Requests(self._scheduler, post, self.settings.max_in_flight)
-        self._health = Health(self._engine, self.settings, post)
+        self._requests = Requests(
+            self._scheduler, self._transport.post, self.settings.max_in_flight
+        )
+        self._health.start(self._engine)
         self._features = (
+            self._health,
             self._requests,
             Queries(self._engine, self._requests),
             Uploads(self._engine, self._requests),
-            self._health,
         )
         for feature in self._features:
             self._handlers.update(feature.handlers)
@@ -128,8 +133,9 @@ class Server:
         if refused is not None:
             log.warning("Refused a WebSocket from %s: %s.", request.remote_address, refused)
             return Refusal(403, f"{refused}\n")
-        if self._draining:
-            return Refusal(503, "The server is shutting down.\n")
+        if self._is_draining or not self._is_ready:
+            state = "shutting down" if self._is_draining else "starting"
+            return Refusal(503, f"The server is {state}.\n")
         token = self._access.token_of(request)
         authorised = not self._access.needs_token
         refused_token = False

@@ -123,6 +123,8 @@ class Settings:
             raise StartupError(
                 f"--log-level must be debug, info, warning or error, not {self.log_level!r}."
             )
+        if not self.host.strip():
+            raise StartupError("--host is empty; use 127.0.0.1, or 0.0.0.0 for every interface.")
         if not self.meta_namespace.strip():
             raise StartupError("--meta-namespace must not be empty.")
 

@@ -57,6 +57,10 @@ class ServerProcess:
         """Send a signal and wait for the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for the exit status of a server that was told to stop."""
         status = self.process.wait(DEADLINE)
         self.errors = self.process.stderr.read()  # type: ignore[union-attr]
         self.process.stdout.close()  # type: ignore[union-attr]

@@ -71,9 +71,9 @@ def wait_for_state(job: Job, state: State) -> None:
 def test_a_job_runs_and_ends_once(schedule: Any) -> None:
     job = Recorded(schedule(), "a")
     assert job.began.wait(DEADLINE)
-    assert job.job.state is State.RUNNING
+    wait_for_state(job.job, State.RUNNING)
     assert job.finish() is None
-    assert job.job.state is State.DONE
+    wait_for_state(job.job, State.DONE)
     assert job.closed
     assert not job.job.stop(Cancelled("late"))
 

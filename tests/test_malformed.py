@@ -1,4 +1,4 @@
-"""Whatever a client sends, it gets one error that names what was wrong, and its connection lives."""
+"""Whatever a client sends, it gets one error that names what was wrong, and can go on."""
 
 from __future__ import annotations
 

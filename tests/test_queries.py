@@ -45,7 +45,10 @@ def test_attached_database_is_there_for_the_next_message(wire: Wire) -> None:
     assert wire.table("from other.t").to_pydict() == {"i": [7]}
 
 
-SETUP = "create table t(i int primary key, s varchar); insert into t values (1, 'a'), (2, 'b'), (3, 'c')"
+SETUP = """
+    create table t(i int primary key, s varchar);
+    insert into t values (1, 'a'), (2, 'b'), (3, 'c');
+"""
 
 COUNTS = [
     ("insert into t values (4, 'd'), (5, 'e')", 2),

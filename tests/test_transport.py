@@ -193,9 +193,10 @@ def test_a_client_that_does_not_read_is_cut_off(recorder: Any) -> None:
         late = Produced(3)
         recorder.transport.post(lambda: connection.stream(late, is_text=False))
         assert late.was_dropped.wait(DEADLINE)
-        recorder.transport.post(
-            lambda: (connection.pump(), connection.close(1000, ""), connection.abort())
-        )
+        recorder.transport.post(connection.pump)
+        recorder.transport.post(connection.abort)
+        recorder.transport.post(connection.close, 1000, "")
+        abort(wire)
 
 
 def test_closing_comes_after_what_was_sent(recorder: Any) -> None:
@@ -278,7 +279,7 @@ def test_a_port_in_use_is_one_line(recorder: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("host", ["", " ", "no.such.host.invalid", "999.1.1.1", "192.0.2.1", "a b"])
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "999.1.1.1", "192.0.2.1", "a b"])
 def test_a_bad_host_is_one_line(host: str) -> None:
     with pytest.raises(StartupError) as refused:
         Recorder().transport.start(host, 0)

@@ -234,9 +234,12 @@ class Engine:
             )
 
     def ping(self) -> None:
-        """Run the smallest query. Raises ``QueryError`` when DuckDB does not answer it."""
+        """Run a small query. Raises ``QueryError`` when DuckDB does not answer it.
+
+        SELECT 1 would not do: it needs no transaction, and so no lock that may be held.
+        """
         with self.cursor() as cursor:
-            cursor.native.execute("SELECT 1").fetchall()
+            cursor.native.execute("SELECT txid_current()").fetchall()
 
     def close(self, deadline: float) -> bool:
         """Checkpoint and close; False when that was not done by ``deadline`` (``time.monotonic``).

@@ -25,8 +25,8 @@ PROBE_SECONDS = 2.0
 class Health:
     """Tells clients and supervisors what runs here and whether it does."""
 
-    def __init__(self, engine: Engine, settings: Settings, post: Callable[..., None]) -> None:
-        self._engine = engine
+    def __init__(self, settings: Settings, post: Callable[..., None]) -> None:
+        self._engine: Engine | None = None
         self._settings = settings
         self._post = post
         self._draining = False
@@ -42,6 +42,10 @@ class Health:
 
     def closed(self, peer: Peer) -> None:
         pass
+
+    def start(self, engine: Engine) -> None:
+        """The database is open: ready from here on."""
+        self._engine = engine
 
     def drain(self) -> None:
         """Not ready from here on."""
@@ -85,23 +89,32 @@ class Health:
         if self._draining:
             exchange.respond(503, b"draining")
             return
+        if self._engine is None:
+            exchange.respond(503, b"starting")
+            return
         self._waiting.append(exchange)
         if len(self._waiting) == 1:
-            threading.Thread(target=self._probe, name="readyz", daemon=True).start()
+            probe = threading.Thread(
+                target=self._probe, args=(self._engine,), name="readyz", daemon=True
+            )
+            probe.start()
 
-    def _probe(self) -> None:
+    def _probe(self, engine: Engine) -> None:
         """Ask DuckDB, on a thread that may be left behind when it does not answer."""
         failures: list[str] = []
-        ping = threading.Thread(target=self._ping, args=(failures,), name="ping", daemon=True)
+        ping = threading.Thread(
+            target=self._ping, args=(engine, failures), name="ping", daemon=True
+        )
         ping.start()
         ping.join(PROBE_SECONDS)
         if ping.is_alive():
             failures.append(f"DuckDB did not answer within {PROBE_SECONDS:g} s")
         self._post(self._answer, failures)
 
-    def _ping(self, failures: list[str]) -> None:
+    @staticmethod
+    def _ping(engine: Engine, failures: list[str]) -> None:
         try:
-            self._engine.ping()
+            engine.ping()
         except ServerError as error:
             log.warning("The readiness query failed: %s", error)
             failures.append("DuckDB failed")

@@ -350,8 +350,6 @@ class Transport:
 
 def _resolve(host: str, port: int) -> list[str]:
     """The addresses of ``host``, IPv4 first. uWebSockets binds one for each listen."""
-    if not host.strip():
-        raise StartupError("--host is empty; use 127.0.0.1, or 0.0.0.0 for every interface.")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:

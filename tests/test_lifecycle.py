@@ -1,0 +1,270 @@
+"""Start and stop: health, signals, what is answered on the way out, and what is left behind."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from sqlrooms_server import __version__
+from sqlrooms_server.db.engine import Engine
+from sqlrooms_server.errors import StartupError
+from sqlrooms_server.server import Server
+from sqlrooms_server.settings import Settings
+from tests.conftest import LocalServer, ServerProcess
+from tests.test_large_results import abort
+from tests.test_queries import ENDLESS
+from tests.wire import DEADLINE, Arrow, Wire
+
+
+def get(port: int, path: str, method: str = "GET") -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
+    try:
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def test_http_routes(server: LocalServer) -> None:
+    assert get(server.port, "/healthz") == (200, b"ok")
+    assert get(server.port, "/readyz") == (200, b"ok")
+    status, body = get(server.port, "/version")
+    version = json.loads(body)
+    assert status == 200
+    assert set(version) == {"name", "version", "duckdb", "python", "protocol"}
+    assert version["name"] == "sqlrooms-server"
+    assert version["version"] == __version__
+    assert version["duckdb"] == duckdb.__version__
+    for path in ("/", "/nothing", "/healthz/x", "/etc/passwd"):
+        assert get(server.port, path)[0] == 404
+    assert get(server.port, "/healthz", "POST")[0] == 405
+    assert get(server.port, "/healthz", "HEAD")[0] == 200
+
+
+def test_not_ready_while_duckdb_hangs(server: LocalServer) -> None:
+    """A forced checkpoint waits for a transaction and makes everybody else wait with it."""
+    with server.connect() as holder, server.connect() as blocker:
+        holder.exec("create sequence begun; create table t as select 1 as i")
+        transaction = f"begin; update t set i = nextval('begun'); {ENDLESS}"
+        holder.send(type="exec", sql=transaction, queryId="open")
+        while blocker.rows("select last_value as v from duckdb_sequences()")[0]["v"] is None:
+            pass
+        blocker.send(type="exec", sql="force checkpoint", queryId="force")
+        status, body = 200, b""
+        deadline = time.monotonic() + DEADLINE
+        while status == 200 and time.monotonic() < deadline:
+            status, body = get(server.port, "/readyz")
+        assert (status, body) == (503, b"DuckDB did not answer within 2 s")
+        assert get(server.port, "/healthz") == (200, b"ok")
+        holder.send(type="cancel", queryId="open")
+        while get(server.port, "/readyz")[0] != 200:
+            assert time.monotonic() < deadline
+
+
+def test_not_ready_while_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    opening = threading.Event()
+
+    def open_slowly(*arguments: Any, **options: Any) -> Engine:
+        assert opening.wait(DEADLINE)
+        return Engine(*arguments, **options)
+
+    monkeypatch.setattr("sqlrooms_server.server.Engine", open_slowly)
+    server = Server(Settings(port=0))
+    starting = threading.Thread(target=server.start)
+    starting.start()
+    deadline = time.monotonic() + DEADLINE
+    while not server._transport.addresses:
+        assert time.monotonic() < deadline
+    port = server._transport.addresses[0][1]
+    try:
+        assert get(port, "/readyz") == (503, b"starting")
+        assert get(port, "/healthz") == (200, b"ok")
+        with pytest.raises(InvalidStatus) as refused, Wire(f"ws://127.0.0.1:{port}"):
+            pass
+        assert refused.value.response.status_code == 503
+    finally:
+        opening.set()
+        starting.join(DEADLINE)
+    assert get(port, "/readyz") == (200, b"ok")
+    server.stop()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_answers_what_is_in_flight_and_exits_0(
+    serve: Callable[..., ServerProcess], tmp_path: Path, number: int
+) -> None:
+    path = tmp_path / "s.duckdb"
+    process = serve("--db-path", str(path), "--workers", "2")
+    with process.connect() as wire:
+        wire.exec("create table t as select 42 as answer")
+        for query_id in range(5):
+            wire.send(type="exec", sql=ENDLESS, queryId=query_id)
+        wire.request(type="hello")
+        began = time.monotonic()
+        process.process.send_signal(number)
+        replies = [wire.receive() for _ in range(5)]
+        assert {reply["code"] for reply in replies} == {"shutting_down"}
+        assert sorted(reply["queryId"] for reply in replies) == list(range(5))
+        with pytest.raises(ConnectionClosed) as closed:
+            wire.receive()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1001
+    assert process.wait() == 0
+    assert time.monotonic() - began < 10
+    assert not (tmp_path / "s.duckdb.wal").exists()
+    with duckdb.connect(str(path)) as connection:
+        assert connection.execute("from t").fetchall() == [(42,)]
+
+
+def test_a_signal_while_results_stream(serve: Callable[..., ServerProcess]) -> None:
+    process = serve()
+    with process.connect() as wire:
+        wire.send(type="arrow", sql="from range(1000000000)", queryId="stream")
+        wire.send(type="hello")
+        process.process.send_signal(signal.SIGTERM)
+        error: Any = None
+        while error is None:
+            reply = wire.receive()
+            error = reply if not isinstance(reply, Arrow) and reply["type"] == "error" else None
+        assert (error["queryId"], error["code"]) == ("stream", "shutting_down")
+    assert process.wait() == 0
+
+
+def test_a_stop_takes_five_seconds_whatever_runs(serve: Callable[..., ServerProcess]) -> None:
+    """An operator that cannot be interrupted, and a client that does not read its result."""
+    process = serve("--workers", "2")
+    with process.connect() as stuck, process.connect() as silent:
+        sort = "select list_sort(list(hash(range))) from range(30000000)"
+        stuck.send(type="exec", sql=sort, queryId="stuck")
+        silent.send(type="arrow", sql="from range(1000000000)", queryId="unread")
+        stuck.request(type="hello")
+        began = time.monotonic()
+        assert process.stop() == 0
+        # Five by its own clock; the rest is for a busy machine.
+        assert time.monotonic() - began < 12
+
+
+def test_a_second_signal_exits_at_once(serve: Callable[..., ServerProcess]) -> None:
+    process = serve("--workers", "1")
+    with process.connect() as wire:
+        sort = "select list_sort(list(hash(range))) from range(60000000)"
+        wire.send(type="exec", sql=sort, queryId="stuck")
+        wire.request(type="hello")
+        process.process.send_signal(signal.SIGTERM)
+        # The first signal has arrived when the port refuses connections.
+        deadline = time.monotonic() + DEADLINE
+        while is_listening(process.port):
+            assert time.monotonic() < deadline
+        process.process.send_signal(signal.SIGTERM)
+        assert process.process.wait(DEADLINE) in (0, 128 + signal.SIGTERM)
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_new_requests_while_draining_are_refused(launch: Callable[..., LocalServer]) -> None:
+    local = launch(workers=1)
+    with local.connect() as wire, local.connect() as other:
+        sort = "select list_sort(list(hash(range))) from range(20000000)"
+        wire.send(type="exec", sql=sort, queryId="stuck")
+        wire.request(type="hello")
+        stopper = threading.Thread(target=local.server.stop)
+        stopper.start()
+        codes = set()
+        try:
+            while True:
+                reply = other.request(type="exec", sql="select 1", queryId="late")
+                codes.add(reply.get("code", "ok"))
+        except ConnectionClosed:
+            pass
+        stopper.join()
+        assert codes <= {"ok", "shutting_down"}
+
+
+def test_two_servers_in_one_process(launch: Callable[..., LocalServer], tmp_path: Path) -> None:
+    first, second = launch(), launch(db_path=str(tmp_path / "b.duckdb"))
+    with first.connect() as a, second.connect() as b:
+        a.exec("create table only_here as select 1 as i")
+        assert "does not exist" in b.arrow("from only_here")["error"]
+        assert a.rows("from only_here") == [{"i": 1}]
+    first.server.stop()
+    with second.connect() as b:
+        assert b.rows("select 1 as i") == [{"i": 1}]
+
+
+def test_a_hundred_servers_leave_no_threads_or_files() -> None:
+    def cycle() -> None:
+        local = LocalServer(Settings(port=0, workers=2))
+        with local.connect() as wire:
+            assert wire.table("select 1 as a").num_rows == 1
+        assert local.server.stop()
+
+    names = ("uws", "worker", "interrupter", "checkpoint", "readyz", "ping")
+
+    def held() -> tuple[int, list[str]]:
+        threads = [t.name for t in threading.enumerate() if t.name.startswith(names)]
+        return len(os.listdir("/proc/self/fd")), threads
+
+    cycle()
+    before = held()
+    for _ in range(100):
+        cycle()
+    assert held() == before
+
+
+def test_a_failed_start_leaves_nothing_open(
+    launch: Callable[..., LocalServer], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "x.duckdb")
+    taken = launch()
+    with pytest.raises(StartupError, match="another program listens there"):
+        Server(Settings(port=taken.port, db_path=path)).start()
+    assert not [t for t in threading.enumerate() if t.name == "worker-7"]
+    with launch(db_path=path).connect() as wire:
+        assert wire.table("select 1 as a").num_rows == 1
+
+
+def test_stop_can_be_called_twice(launch: Callable[..., LocalServer]) -> None:
+    local = launch()
+    assert local.server.stop()
+    assert local.server.stop()
+
+
+def test_a_hundred_connections_of_queries(server: LocalServer) -> None:
+    wires = [server.connect() for _ in range(100)]
+    for number, wire in enumerate(wires):
+        wire.send(type="arrow", sql=f"select {number} as n", queryId="q")
+    for number, wire in enumerate(wires):
+        assert wire.receive().table().to_pydict() == {"n": [number]}
+        wire.__exit__()
+
+
+def test_abrupt_disconnects_in_every_phase(server: LocalServer) -> None:
+    """Late results meet closed sockets: nothing may touch those."""
+    sqls = ["select 1", "from range(3000000)", "selec", "select 1; select 2", ENDLESS]
+    for number in range(60):
+        wire = server.connect()
+        sql = sqls[number % 5]
+        for query_id in range(6):
+            kind = ("arrow", "json", "exec")[query_id % 3]
+            wire.send(type=kind, sql=sql, queryId=query_id)
+        if number % 2 and sql is not ENDLESS:
+            wire.receive()
+        abort(wire)
+    with server.connect() as alive:
+        assert alive.table("select 1 as a").num_rows == 1
