@@ -1,0 +1,1 @@
+"""The benchmark behind ``scripts/bench``; ``__main__.py`` says what it measures."""

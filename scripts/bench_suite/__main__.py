@@ -1,0 +1,110 @@
+"""Compares this server with the published `sqlrooms-server` 0.1.2 and with the engine alone.
+
+How to repeat it, on Linux, from a checkout::
+
+    scripts/bench                       # both DuckDB series, 7 to 10 minutes
+    scripts/bench --quick               # fewer and shorter repetitions, under 2 minutes
+    scripts/bench --duckdb 1.5 --only large --json large.json
+
+`scripts/bench` makes the virtual environments below `.bench/`; the first time this takes a minute
+or two. Both servers get the same DuckDB and the same pyarrow. The published server declares
+DuckDB 1.5 only and is given 2.x all the same; should it fail there, the table says so.
+
+Five workloads, by the names that `--only` takes:
+
+one     `select 1` as Arrow on one connection, asked again when the answer is there.
+many    the same on 8 connections with 4 questions open on each.
+mixed   a million rows of a stored table with eight columns of seven types.
+large   30 million rows, 480 MB: the time until the first byte of the data message and until the
+        first rows, the throughput, and how far the server's resident memory rose above what it
+        was before the question.
+idle    CPU time of a server with one connected client that says nothing, as % of one core.
+
+In-process is the same DuckDB called from Python without any server: for `one` a new cursor and
+the joined bytes of the Arrow stream per query, for the others a reader whose serialized batches
+are counted and dropped. MB are 10^6 bytes of Arrow stream.
+
+Each repetition has a fresh process, warmed up before the clock starts, and the subjects take
+turns in a random order. The table shows the median, and the least and the greatest value in
+brackets; ratios are ours / published, and ours / in-process, of the medians. The load comes from
+this same machine, so that every figure includes the cost of a client.
+
+Every answer is checked: small ones are decoded, large ones have their rows counted in the metadata
+of the Arrow stream, and each is decoded as a whole once per server (`mixed`) or once per run
+(`large`), with the sums of its columns compared.
+
+Exit code: 0, however slow; 1 for a wrong answer or a server that did not start or did not stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from types import FrameType
+
+from .plan import DUCKDBS, WORKLOADS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--duckdb", choices=(*DUCKDBS, "both"), default="both", help="the series (default: both)"
+    )
+    parser.add_argument(
+        "--only", choices=[workload.name for workload in WORKLOADS], help="one workload"
+    )
+    parser.add_argument("--quick", action="store_true", help="under 2 minutes, less certain")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE")
+    parser.add_argument(
+        "--environments",
+        type=Path,
+        default=Path(".bench"),
+        metavar="DIR",
+        help="where the virtual environments are (default: .bench)",
+    )
+    arguments = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _leave)
+    return _run(arguments)
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    """Unwind, so that the `with` blocks end what they started."""
+    sys.exit(128 + number)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    # Late, so that --help needs no pyarrow.
+    from . import report
+    from .session import Session
+
+    began = datetime.now(timezone.utc)
+    sheets = []
+    environments = arguments.environments.absolute()
+    for duckdb in DUCKDBS if arguments.duckdb == "both" else (arguments.duckdb,):
+        session = Session(
+            duckdb,
+            ours=environments / f"ours-{duckdb}",
+            published=environments / f"published-{duckdb}",
+            quick=arguments.quick,
+        )
+        workloads = [w for w in WORKLOADS if arguments.only in (None, w.name)]
+        sheets.append(session.measure(workloads, say=lambda line: print(line, file=sys.stderr)))
+        print(f"\n{report.table(sheets[-1])}\n", flush=True)
+    if arguments.json:
+        document = report.document(sheets, sys.argv[1:], began)
+        arguments.json.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    return 1 if any(sheet.failures for sheet in sheets) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

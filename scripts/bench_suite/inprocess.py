@@ -1,0 +1,118 @@
+"""The engine alone, in a process of its own: the bound that no server around it can beat.
+
+`python -m bench_suite.inprocess one|mixed|large full|quick` prints the figures as one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from statistics import median
+from time import perf_counter
+
+import duckdb
+import pyarrow as pa
+
+from .answers import LARGE, MIXED, ONE, Query
+from .load import Rate, Sample, Stream
+from .plan import FULL, QUICK, Effort
+from .servers import Usage
+from .workloads import large_sample
+
+BATCH_ROWS = 10_000
+
+END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+
+
+def _reader(cursor: duckdb.DuckDBPyConnection, query: Query) -> pa.RecordBatchReader:
+    # From 2.0 on execute() copies all rows before the first can be read; until then it was the
+    # quicker of the two.
+    ask = cursor.execute if duckdb.__version__.startswith("1.") else cursor.sql
+    return ask(query.sql).to_arrow_reader(BATCH_ROWS)
+
+
+def _chunks(database: duckdb.DuckDBPyConnection, query: Query) -> Iterator[pa.Buffer | bytes]:
+    with database.cursor() as cursor:
+        reader = _reader(cursor, query)
+        yield reader.schema.serialize()
+        for batch in reader:
+            yield batch.serialize()
+        yield END_OF_STREAM
+
+
+def _joined(database: duckdb.DuckDBPyConnection, query: Query) -> bytes:
+    return b"".join(_chunks(database, query))
+
+
+def _repeat(database: duckdb.DuckDBPyConnection, query: Query, seconds: float) -> Rate:
+    right = _joined(database, query)
+    query.decode(right)
+    latencies = []
+    start = perf_counter()
+    until = start + seconds
+    while (asked := perf_counter()) < until:
+        answer = _joined(database, query)
+        latencies.append(perf_counter() - asked)
+        if answer != right:
+            query.decode(answer)
+    return Rate(asked - start, latencies)
+
+
+def _stream(database: duckdb.DuckDBPyConnection, query: Query) -> Stream:
+    rows = size = 0
+    first_byte = first_rows = 0.0
+    asked = perf_counter()
+    with database.cursor() as cursor:
+        reader = _reader(cursor, query)
+        size += len(reader.schema.serialize())
+        first_byte = perf_counter()
+        for batch in reader:
+            size += len(batch.serialize())
+            rows += batch.num_rows
+            first_rows = first_rows or perf_counter()
+    done = perf_counter()
+    query.expect_rows(rows)
+    return Stream(size, first_byte - asked, first_rows - asked, done - asked)
+
+
+def _one(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
+    _repeat(database, ONE, effort.warm_up)
+    return _repeat(database, ONE, effort.window).sample()
+
+
+def _mixed(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
+    database.execute(MIXED.setup)
+    MIXED.decode(_joined(database, MIXED))
+    answers = [_stream(database, MIXED) for _ in range(effort.mixed_answers)]
+    return {
+        "mbps": median(answer.megabytes_per_second for answer in answers),
+        "seconds": median(answer.seconds for answer in answers),
+    }
+
+
+def _large(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
+    _repeat(database, ONE, effort.warm_up)
+    usage = Usage(os.getpid())
+    before = usage.memory()
+    usage.reset_peak()
+    answer = _stream(database, LARGE)
+    return large_sample(answer, usage.peak_memory() - before)
+
+
+RUNS: dict[str, Callable[[duckdb.DuckDBPyConnection, Effort], Sample]] = {
+    "one": _one,
+    "mixed": _mixed,
+    "large": _large,
+}
+
+
+def main(name: str, effort: str) -> None:
+    with duckdb.connect() as database:
+        sample = RUNS[name](database, QUICK if effort == "quick" else FULL)
+    print(json.dumps(sample))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,168 @@
+"""Puts load on a server, checks every answer, and takes the times. Times are in seconds."""
+
+from __future__ import annotations
+
+import json
+import selectors
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
+from time import perf_counter
+
+from .answers import Query, WrongAnswer
+from .replies import Answers, Message, Passing, Whole, arrow_reply
+from .websocket import SILENCE, Connection, Disconnected
+
+Sample = dict[str, float]
+"""What one repetition of a workload found, by the key of the metric."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Answers received in a window of `seconds`, and how long each of them took."""
+
+    seconds: float
+    latencies: list[float]
+
+    def sample(self) -> Sample:
+        """Queries per second (`qps`), and the median and 99th percentile in ms (`p50`, `p99`)."""
+        ordered = sorted(self.latencies)
+        if not ordered:
+            raise WrongAnswer(f"no answer within {self.seconds:.1f} s")
+        return {
+            "qps": len(ordered) / self.seconds,
+            "p50": ordered[len(ordered) // 2] * 1e3,
+            "p99": ordered[len(ordered) * 99 // 100] * 1e3,
+        }
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One large answer: its Arrow bytes, and when what had arrived after the question."""
+
+    size: int
+    first_byte: float
+    first_rows: float
+    seconds: float
+
+    @property
+    def megabytes_per_second(self) -> float:
+        return self.size / 1e6 / self.seconds
+
+
+def execute(connection: Connection, sql: str) -> None:
+    """Execute a statement without a result."""
+    connection.send(_question("exec", sql, "setup"))
+    binary, message = _reply(connection, Whole())
+    if binary or json.loads(message).get("type") != "ok":
+        raise WrongAnswer(f"a statement was answered with {bytes(message[:300])!r}")
+
+
+def decode(connection: Connection, query: Query) -> None:
+    """Ask once, and decode and check the whole answer."""
+    connection.send(_question("arrow", query.sql, "decode"))
+    answered, body = arrow_reply(_reply(connection, Whole()))
+    _expect_id(answered, "decode")
+    query.decode(body)
+
+
+def one_at_a_time(connection: Connection, query: Query, seconds: float) -> Rate:
+    """Ask again as soon as the answer is there, for `seconds`."""
+    whole, answers = Whole(), Answers(query)
+    latencies: list[float] = []
+    start = perf_counter()
+    until = start + seconds
+    for number in count():
+        asked_id = f"q{number}"
+        question = _question("arrow", query.sql, asked_id)
+        asked = perf_counter()
+        if asked >= until:
+            break
+        connection.send(question)
+        reply = _reply(connection, whole)
+        latencies.append(perf_counter() - asked)
+        _expect_id(answers.accept(reply), asked_id)
+    return Rate(asked - start, latencies)
+
+
+def many_at_once(port: int, query: Query, seconds: float, connections: int, in_flight: int) -> Rate:
+    """Keep `in_flight` questions open on each of `connections` connections, for `seconds`."""
+    answers = Answers(query)
+    latencies: list[float] = []
+    numbers = count()
+    with ExitStack() as stack, selectors.DefaultSelector() as selector:
+        clients = [_Client(stack.enter_context(Connection(port))) for _ in range(connections)]
+        for client in clients:
+            selector.register(client.connection, selectors.EVENT_READ, client)
+        start = perf_counter()
+        until = start + seconds
+        for client in clients:
+            for _ in range(in_flight):
+                client.ask(query, f"q{next(numbers)}")
+        while any(client.asked for client in clients):
+            ready = selector.select(SILENCE)
+            if not ready:
+                raise Disconnected(f"no answer within {SILENCE:.0f} s")
+            for key, _ in ready:
+                client = key.data
+                client.connection.receive(client.whole)
+                now = perf_counter()
+                for reply in client.whole.take():
+                    asked = client.asked.pop(answers.accept(reply), None)
+                    if asked is None:
+                        raise WrongAnswer("an answer to a question that is not open")
+                    if now < until:
+                        latencies.append(now - asked)
+                        client.ask(query, f"q{next(numbers)}")
+    return Rate(seconds, latencies)
+
+
+def stream(connection: Connection, query: Query) -> Stream:
+    """Ask once and let the answer pass, counting its rows."""
+    passing = Passing()
+    question = _question("arrow", query.sql, "stream")
+    asked = perf_counter()
+    connection.send(question)
+    while not passing.ended:
+        connection.receive(passing)
+    done = perf_counter()
+    _expect_id(passing.query_id(), "stream")
+    query.expect_rows(passing.scan.rows)
+    return Stream(
+        size=passing.scan.size,
+        first_byte=passing.first_byte - asked,
+        first_rows=passing.first_rows - asked,
+        seconds=done - asked,
+    )
+
+
+class _Client:
+    """One of many connections, with the time at which each of its open questions was asked."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.whole = Whole()
+        self.asked: dict[str, float] = {}
+
+    def ask(self, query: Query, query_id: str) -> None:
+        question = _question("arrow", query.sql, query_id)
+        self.asked[query_id] = perf_counter()
+        self.connection.send(question)
+
+
+def _question(kind: str, sql: str, query_id: str) -> bytes:
+    return json.dumps({"type": kind, "sql": sql, "queryId": query_id}).encode()
+
+
+def _reply(connection: Connection, whole: Whole) -> Message:
+    while not whole.messages:
+        connection.receive(whole)
+    messages = whole.take()
+    if len(messages) > 1:
+        raise WrongAnswer("two answers to one question")
+    return messages[0]
+
+
+def _expect_id(found: str, right: str) -> None:
+    if found != right:
+        raise WrongAnswer(f"query {right!r} was answered as {found!r}")

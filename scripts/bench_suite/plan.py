@@ -1,0 +1,113 @@
+"""What is measured, how often, and what is asked of the figures. Knows no server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DUCKDBS = ("1.5", "2")
+"""The engine series the benchmark has environments for."""
+
+SUBJECTS = ("published", "ours", "in-process")
+"""Two servers, and the engine alone: what no server can beat."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table.
+
+    `required` and `aim` limit ours / published, or ours itself if `absolute`; `bound` limits
+    ours / in-process. Each is a least value if `more_is_better`, else a greatest one.
+    """
+
+    key: str
+    label: str
+    unit: str
+    more_is_better: bool
+    required: float | None = None
+    aim: float | None = None
+    absolute: bool = False
+    bound: float | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A name for `--only`, the metrics found, and whether the engine alone can do it too."""
+
+    name: str
+    metrics: tuple[Metric, ...]
+    in_process: bool
+
+
+WORKLOADS = (
+    Workload(
+        "one",
+        (
+            Metric("qps", "select 1, 1 at a time", "q/s", True, required=2.5, aim=3),
+            Metric("p50", "  median latency", "ms", False, bound=2.5),
+            Metric("p99", "  p99 latency", "ms", False),
+        ),
+        in_process=True,
+    ),
+    Workload(
+        "many",
+        (
+            Metric("qps", "select 1, 8 x 4 in flight", "q/s", True, required=3, aim=4),
+            Metric("p99", "  p99 latency", "ms", False),
+        ),
+        in_process=False,
+    ),
+    Workload(
+        "mixed",
+        (
+            Metric("mbps", "1 M mixed rows", "MB/s", True, required=2, aim=3, bound=0.7),
+            Metric("seconds", "  whole answer", "s", False),
+        ),
+        in_process=True,
+    ),
+    Workload(
+        "large",
+        (
+            Metric("first", "30 M rows, first byte", "ms", False, required=1 / 20, aim=1 / 50),
+            Metric("rows", "  first rows", "ms", False),
+            Metric("mbps", "  throughput", "MB/s", True, bound=0.7),
+            Metric("growth", "  memory growth", "MB", False, required=1 / 20, aim=1 / 40),
+        ),
+        in_process=True,
+    ),
+    Workload(
+        "idle",
+        (
+            # The aim is none at all, met by what rounds to 0.0 %: a timer a second is a little.
+            Metric("cpu", "idle, CPU", "%", False, required=0.2, aim=0.05, absolute=True),
+        ),
+        in_process=False,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How often each workload is repeated, and how long a repetition takes, in seconds."""
+
+    repetitions: dict[str, int]
+    warm_up: float
+    window: float
+    mixed_answers: int
+    settle: float = 1.0
+    idle: float = 5.0
+
+
+FULL = Effort(
+    {"one": 7, "many": 7, "mixed": 7, "large": 5, "idle": 3},
+    warm_up=0.5,
+    window=2.0,
+    mixed_answers=5,
+)
+QUICK = Effort(
+    {"one": 2, "many": 2, "mixed": 2, "large": 1, "idle": 1},
+    warm_up=0.2,
+    window=1.0,
+    mixed_answers=3,
+    settle=0.5,
+    idle=2.0,
+)

@@ -1,0 +1,143 @@
+"""Starts servers, each on a free port of 127.0.0.1, and reads their CPU time and memory.
+
+Linux only: what a process used is read from /proc and from its CPU clock.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+START_SECONDS = 30.0
+STOP_SECONDS = 5.0
+
+
+class ServerFailed(Exception):
+    """A server did not start, or did not stay."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process uses, by its process id."""
+
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """CPU time of all its threads so far. Finer than the 10 ms ticks of /proc/PID/stat."""
+        # The id that clock_getcpuclockid(3) makes of a process id.
+        return time.clock_gettime((~self.pid << 3) | 2)
+
+    def memory(self) -> int:
+        """Resident memory in bytes."""
+        return self._status("VmRSS")
+
+    def peak_memory(self) -> int:
+        """Most resident memory in bytes since the last `reset_peak`."""
+        return self._status("VmHWM")
+
+    def reset_peak(self) -> None:
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+
+    def _status(self, field: str) -> int:
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == field:
+                return int(value.split()[0]) * 1024
+        raise ServerFailed(f"process {self.pid} is gone")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    port: int
+    usage: Usage
+
+
+@contextmanager
+def running(environment: Path) -> Iterator[Server]:
+    """Run the `sqlrooms-server` of a virtual environment, in memory and in a directory of its own.
+
+    Whatever ends the block ends the server. `ServerFailed` carries the end of its log.
+    """
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        log = Path(directory, "log")
+        port = _free_port()
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [environment / "bin" / "sqlrooms-server", "--port", str(port)],
+                cwd=directory,
+                env=_surroundings(directory),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C is for the benchmark, which then ends the server.
+                start_new_session=True,
+            )
+        try:
+            _wait_until_healthy(process, port)
+            yield Server(port, Usage(process.pid))
+        except (OSError, ServerFailed) as error:
+            raise ServerFailed(f"{error}{_state(process)}{_tail(log)}") from error
+        finally:
+            _stop(process)
+
+
+def _surroundings(directory: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "SQLROOMS_"))}
+    return {**kept, "XDG_CACHE_HOME": directory, "TMPDIR": directory}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], port: int) -> None:
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise ServerFailed("did not start")
+        if _is_healthy(port):
+            return
+        time.sleep(0.02)
+    raise ServerFailed(f"not healthy after {START_SECONDS:.0f} s")
+
+
+def _is_healthy(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
+    try:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().read().strip() == b"ok"
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _state(process: subprocess.Popen[bytes]) -> str:
+    code = process.poll()
+    return "" if code is None else f"; the server ended with code {code}"
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()[-5:]
+    return "".join(f"\n    {line}" for line in lines)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

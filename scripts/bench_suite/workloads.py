@@ -1,0 +1,82 @@
+"""The workloads, as they are put on a running server. Each returns the figures of its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+from . import load
+from .answers import LARGE, MIXED, ONE
+from .load import Sample
+from .plan import Effort
+from .replies import Whole
+from .servers import Server
+from .websocket import Connection
+
+CONNECTIONS, IN_FLIGHT = 8, 4
+
+Run = Callable[[Server, Effort, bool], Sample]
+"""Takes a fresh server, the effort, and whether to decode the answer even where that is dear."""
+
+
+def _one(server: Server, effort: Effort, _: bool) -> Sample:
+    with Connection(server.port) as connection:
+        load.one_at_a_time(connection, ONE, effort.warm_up)
+        return load.one_at_a_time(connection, ONE, effort.window).sample()
+
+
+def _many(server: Server, effort: Effort, _: bool) -> Sample:
+    load.many_at_once(server.port, ONE, effort.warm_up, CONNECTIONS, IN_FLIGHT)
+    return load.many_at_once(server.port, ONE, effort.window, CONNECTIONS, IN_FLIGHT).sample()
+
+
+def _mixed(server: Server, effort: Effort, _: bool) -> Sample:
+    with Connection(server.port) as connection:
+        load.execute(connection, MIXED.setup)
+        load.decode(connection, MIXED)
+        answers = [load.stream(connection, MIXED) for _ in range(effort.mixed_answers)]
+    return {
+        "mbps": median(answer.megabytes_per_second for answer in answers),
+        "seconds": median(answer.seconds for answer in answers),
+    }
+
+
+def _large(server: Server, effort: Effort, decode: bool) -> Sample:
+    with Connection(server.port) as connection:
+        load.one_at_a_time(connection, ONE, effort.warm_up)
+        before = server.usage.memory()
+        server.usage.reset_peak()
+        answer = load.stream(connection, LARGE)
+        growth = server.usage.peak_memory() - before
+        if decode:
+            load.decode(connection, LARGE)
+    return large_sample(answer, growth)
+
+
+def large_sample(answer: load.Stream, growth: int) -> Sample:
+    """The figures of a large answer that made a process grow by so many bytes."""
+    return {
+        "first": answer.first_byte * 1e3,
+        "rows": answer.first_rows * 1e3,
+        "mbps": answer.megabytes_per_second,
+        "growth": growth / 1e6,
+    }
+
+
+def _idle(server: Server, effort: Effort, _: bool) -> Sample:
+    with Connection(server.port) as connection:
+        load.decode(connection, ONE)
+        connection.idle(effort.settle, Whole())
+        before = server.usage.cpu_seconds()
+        connection.idle(effort.idle, Whole())
+        used = server.usage.cpu_seconds() - before
+    return {"cpu": used / effort.idle * 100}
+
+
+RUNS: dict[str, Run] = {
+    "one": _one,
+    "many": _many,
+    "mixed": _mixed,
+    "large": _large,
+    "idle": _idle,
+}
