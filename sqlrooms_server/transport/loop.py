@@ -129,9 +129,7 @@ class Transport:
         """
         if self._thread is None or not self._thread.is_alive():
             return
-        self._deadline = deadline
-        self._stopping = True
-        self.post(lambda: None)
+        self.post(self._begin_stop, deadline)
         self._thread.join()
 
     def _run(self, addresses: list[str], port: int) -> None:
@@ -161,6 +159,11 @@ class Transport:
                 function(*arguments)
             except Exception:  # loop-callback guard
                 log.exception("A call on the loop thread failed.")
+
+    def _begin_stop(self, deadline: float) -> None:
+        """Comes after what was posted before, so that the last replies are still sent."""
+        self._deadline = deadline
+        self._stopping = True
 
     def _drain(self) -> None:
         self._close_listeners()
