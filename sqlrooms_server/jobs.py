@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import queue
 import threading
 import time
 from collections import deque
@@ -110,10 +109,12 @@ class Scheduler:
         self._ready: deque[Job] = deque()
         self._prefer_ready = False
         self._closed = False
-        self._idle = threading.Condition(self._lock)
-        # One entry for each in _turns and _ready: a worker that gets one takes one of those.
-        self._signals: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._ended = False
+        self._all_done = threading.Condition(self._lock)
         self._interrupter = _Interrupter()
+        # Locks on which idle workers sleep. The last one to fall asleep is woken first, because
+        # its memory is still in the caches: a tenth of the time of a small query.
+        self._asleep: list[threading.Lock] = []
         self._threads = [
             threading.Thread(target=self._run_worker, name=f"worker-{number}")
             for number in range(workers)
@@ -165,54 +166,69 @@ class Scheduler:
             jobs = sorted(self._jobs, key=lambda job: job.state is not State.QUEUED)
         for job in jobs:
             job.stop(ShuttingDown("The server is shutting down."))
-        with self._idle:
-            self._idle.wait_for(lambda: not self._jobs, max(0.0, deadline - time.monotonic()))
-        for _ in self._threads:
-            self._signals.put(False)
+        with self._all_done:
+            timeout = max(0.0, deadline - time.monotonic())
+            self._all_done.wait_for(lambda: not self._jobs, timeout)
+            self._ended = True
+            while self._asleep:
+                self._asleep.pop().release()
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         self._interrupter.close()
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run_worker(self) -> None:
-        while self._signals.get():
-            job = self._take()
-            if job is not None:
+        wake = threading.Lock()
+        wake.acquire()
+        while True:
+            with self._lock:
+                job = self._take()
+                if job is None:
+                    if self._ended:
+                        return
+                    self._asleep.append(wake)
+            if job is None:
+                wake.acquire()
+            else:
                 self._advance(job)
 
     def _take(self) -> Job | None:
-        with self._lock:
-            # New jobs and those under way take turns, so that neither starves the other.
-            self._prefer_ready = not self._prefer_ready
-            if self._ready and (self._prefer_ready or not self._turns):
-                job = self._ready.popleft()
-                job._is_ready = False
-                if job.state is State.PARKED:
-                    job.state = State.RUNNING
-                return job
-            if not self._turns:
-                return None
-            lane = self._turns.popleft()
-            jobs = self._waiting[lane]
-            job = jobs.popleft()
-            self._queued -= 1
-            self._open[lane] = self._open.get(lane, 0) + 1
-            if not jobs:
-                del self._waiting[lane]
-            elif self._open[lane] < MAX_OPEN_PER_LANE:
-                self._add_turn(lane)
-            job.state = State.RUNNING
+        # New jobs and those under way take turns, so that neither starves the other.
+        self._prefer_ready = not self._prefer_ready
+        if self._ready and (self._prefer_ready or not self._turns):
+            job = self._ready.popleft()
+            job._is_ready = False
+            if job.state is State.PARKED:
+                job.state = State.RUNNING
             return job
+        if not self._turns:
+            return None
+        lane = self._turns.popleft()
+        jobs = self._waiting[lane]
+        job = jobs.popleft()
+        self._queued -= 1
+        self._open[lane] = self._open.get(lane, 0) + 1
+        if not jobs:
+            del self._waiting[lane]
+        elif self._open[lane] < MAX_OPEN_PER_LANE:
+            self._add_turn(lane)
+        job.state = State.RUNNING
+        return job
 
     def _add_turn(self, lane: Hashable) -> None:
         self._turns.append(lane)
-        self._signals.put(True)
+        self._wake_one()
 
     def _add_ready(self, job: Job) -> None:
         if not job._is_ready:
             job._is_ready = True
             self._ready.append(job)
-            self._signals.put(True)
+            self._wake_one()
+
+    def _wake_one(self) -> None:
+        # When none sleeps, the next one to finish finds the work.
+        if self._asleep:
+            self._asleep.pop().release()
 
     def _advance(self, job: Job) -> None:
         """Run the work until it ends or pauses for good."""
@@ -283,12 +299,12 @@ class Scheduler:
             del self._waiting[job._lane]
             if job._lane in self._turns:
                 self._turns.remove(job._lane)
-        self._idle.notify_all()
+        self._all_done.notify_all()
 
     def _finish(self, job: Job, error: BaseException | None) -> None:
+        lane = job._lane
         with self._lock:
             job.state = State.DONE
-            lane = job._lane
             self._open[lane] -= 1
             if self._open[lane] == MAX_OPEN_PER_LANE - 1 and lane in self._waiting:
                 self._add_turn(lane)
@@ -298,7 +314,7 @@ class Scheduler:
         with self._lock:
             self._jobs.discard(job)
             if not self._jobs:
-                self._idle.notify_all()
+                self._all_done.notify_all()
 
     @staticmethod
     def _call_done(job: Job, error: BaseException | None) -> None:

@@ -19,6 +19,11 @@ class Column:
     type: Any
 
 
+def columns_of(description: list[Any]) -> tuple[Column, ...]:
+    """The columns in a DB-API ``description``."""
+    return tuple(Column(entry[0], entry[1]) for entry in description)
+
+
 def unique_names(columns: tuple[Column, ...]) -> list[str]:
     """The names of ``columns``, a repeated one with the next free number: ``a``, ``a_1``."""
     taken = {column.name for column in columns}

@@ -12,7 +12,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ import duckdb
 import pyarrow as pa
 
 from sqlrooms_server.db import files
-from sqlrooms_server.db.columns import Column, exact_for_json
+from sqlrooms_server.db.columns import Column, columns_of, exact_for_json
 from sqlrooms_server.db.statements import Classifier, Statements, quote_identifier, quote_literal
 from sqlrooms_server.errors import Cancelled, Conflict, QueryError, ServerError
 
@@ -50,13 +49,22 @@ _LOCK_POLL_SECONDS = 0.02
 _CONFLICT_WORDS = ("conflict", "another transaction", "different transaction")
 
 
-@dataclass(frozen=True, slots=True)
 class Result:
-    """A result that is read batch by batch."""
+    """A result that is read batch by batch from ``reader``."""
 
-    reader: pa.RecordBatchReader
-    columns: tuple[Column, ...]
-    statements: Statements
+    __slots__ = ("_description", "_statements", "reader")
+
+    def __init__(
+        self, reader: pa.RecordBatchReader, description: list[Any], statements: Statements
+    ) -> None:
+        self.reader = reader
+        self._description = description
+        self._statements = statements
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Names and DuckDB types of the columns."""
+        return columns_of(self._description)
 
     def first_batch(self) -> pa.RecordBatch | None:
         """The first batch that has rows; None when there is none."""
@@ -71,7 +79,7 @@ class Result:
 
         DuckDB reports statements without a result as an empty column ``Success`` or ``Count``.
         """
-        if self.statements.returns_rows or len(self.reader.schema) != 1:
+        if self._statements.returns_rows or len(self.reader.schema) != 1:
             return False
         field = self.reader.schema.field(0)
         return (field.name, field.type) in (("Success", pa.bool_()), ("Count", pa.int64()))
@@ -110,7 +118,7 @@ class Cursor:
             return None
         if not statements.may_retry:
             return self._open(sql, statements, for_json)
-        return self._engine.retrying(self, lambda: self._open(sql, statements, for_json))
+        return self._engine.retrying(self, self._open, sql, statements, for_json)
 
     def _open(self, sql: str, statements: Statements, for_json: bool) -> Result | None:
         if statements.end_in_change:
@@ -120,11 +128,11 @@ class Cursor:
         opened: Any = (self.native.sql if _STREAMS_FROM_SQL or exact else self.native.execute)(sql)
         if opened is None:
             return None
-        columns = _columns(opened)
-        cast = exact_for_json(sql, columns) if exact else None
+        description = opened.description
+        cast = exact_for_json(sql, columns_of(description)) if exact else None
         if cast is not None:
             opened = self.native.sql(cast)
-        return Result(opened.to_arrow_reader(_batch_rows(columns)), columns, statements)
+        return Result(opened.to_arrow_reader(_batch_rows(description)), description, statements)
 
     def _change(self, sql: str, statements: Statements) -> Result:
         """Run a text whose last statement changes something.
@@ -134,22 +142,18 @@ class Cursor:
         """
         self.native.execute(sql)
         self.has_written = True
-        columns = _columns(self.native)
-        if tuple(column.name for column in columns) == ("Count",):
-            counts = [row[0] for row in self.native.fetchall()]
-            batch = pa.RecordBatch.from_pydict({"Count": pa.array(counts, pa.int64())})
-            return Result(
-                pa.RecordBatchReader.from_batches(batch.schema, [batch]), columns, statements
-            )
-        return Result(self.native.to_arrow_reader(_batch_rows(columns)), columns, statements)
+        description = self.native.description
+        if len(description) == 1 and description[0][0] == "Count":
+            counts = pa.array([row[0] for row in self.native.fetchall()], pa.int64())
+            batch = pa.RecordBatch.from_pydict({"Count": counts})
+            reader = pa.RecordBatchReader.from_batches(batch.schema, [batch])
+        else:
+            reader = self.native.to_arrow_reader(_batch_rows(description))
+        return Result(reader, description, statements)
 
 
-def _columns(opened: Any) -> tuple[Column, ...]:
-    return tuple(Column(entry[0], entry[1]) for entry in opened.description)
-
-
-def _batch_rows(columns: tuple[Column, ...]) -> int:
-    return max(_MIN_BATCH_ROWS, _BATCH_VALUES // max(1, len(columns)))
+def _batch_rows(description: list[Any]) -> int:
+    return max(_MIN_BATCH_ROWS, _BATCH_VALUES // max(1, len(description)))
 
 
 class Engine:
@@ -196,14 +200,15 @@ class Engine:
         finally:
             cursor.native.close()
 
-    def retrying(self, cursor: Cursor, attempt: Callable[[], _T]) -> _T:
-        """The value of ``attempt``, which may apply once; tried again when a concurrent write won.
+    def retrying(self, cursor: Cursor, attempt: Callable[..., _T], *arguments: Any) -> _T:
+        """What ``attempt`` returns, tried again when a concurrent write won.
 
-        The first try is optimistic. The following ones hold a lock, so that those who retry do
-        not defeat each other, and end after 2 s.
+        An attempt must apply as a whole or not at all. The first one is optimistic; the
+        following ones hold a lock, so that those who retry do not defeat each other, and end
+        after 2 s.
         """
         try:
-            return attempt()
+            return attempt(*arguments)
         except duckdb.TransactionException as error:
             if not _is_conflict(error):
                 raise
@@ -215,7 +220,7 @@ class Engine:
             while True:
                 cursor.check()
                 try:
-                    return attempt()
+                    return attempt(*arguments)
                 except duckdb.TransactionException as error:
                     if not _is_conflict(error) or time.monotonic() > deadline:
                         raise

@@ -7,6 +7,7 @@ reply short knows that a reader will notice: either the message is incomplete, o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -33,28 +34,23 @@ def arrow_chunks(result: Result, first: pa.RecordBatch | None, prefix: bytes) ->
 
     A result without rows holds one empty batch: some clients drop the schema otherwise.
     """
+    schema = result.reader.schema
     if first is None:
-        first = pa.RecordBatch.from_arrays(
-            [pa.array([], field.type) for field in result.reader.schema],
-            schema=result.reader.schema,
-        )
-    yield from _coalesced(_arrow_pieces(result.reader, first, prefix))
+        empty = [pa.array([], field.type) for field in schema]
+        first = pa.RecordBatch.from_arrays(empty, schema=schema)
+    if any(_has_dictionary(type_) for type_ in schema.types):
+        return _coalesced(prefix, _dictionary_pieces(result.reader, first))
+    return _coalesced(prefix, _plain_pieces(result.reader, first))
 
 
 def json_chunks(
     result: Result, first: pa.RecordBatch | None, prefix: bytes, suffix: bytes
 ) -> Iterator[Chunk]:
     """``prefix``, the rows of ``result`` as JSON text escaped for a JSON string, ``suffix``."""
-    yield from _coalesced(_json_pieces(result, first, prefix, suffix))
+    return _coalesced(prefix, _json_pieces(result, first, suffix))
 
 
-def _arrow_pieces(
-    reader: pa.RecordBatchReader, first: pa.RecordBatch, prefix: bytes
-) -> Iterator[Chunk]:
-    yield prefix
-    if any(_has_dictionary(field.type) for field in reader.schema):
-        yield from _dictionary_pieces(reader, first)
-        return
+def _plain_pieces(reader: pa.RecordBatchReader, first: pa.RecordBatch) -> Iterator[Chunk]:
     yield memoryview(reader.schema.serialize())
     yield memoryview(first.serialize())
     for batch in reader:
@@ -109,39 +105,32 @@ class _Sink:
             yield memoryview(message.serialize())
 
 
-def _json_pieces(
-    result: Result, first: pa.RecordBatch | None, prefix: bytes, suffix: bytes
-) -> Iterator[Chunk]:
-    encoder = RowEncoder(unique_names(result.columns), [column.type for column in result.columns])
-    separator = prefix + b"["
-    for batch in [] if first is None else _chain(first, result.reader):
-        if batch.num_rows:
-            rows = encoder.encode(batch).replace(b"\\", b"\\\\").replace(b'"', b'\\"')
-            yield separator + rows
-            separator = b","
-    yield (separator if first is None else b"") + b"]" + suffix
+def _json_pieces(result: Result, first: pa.RecordBatch | None, suffix: bytes) -> Iterator[Chunk]:
+    columns = result.columns
+    encoder = RowEncoder(unique_names(columns), [column.type for column in columns])
+    separator = b"["
+    if first is not None:
+        for batch in itertools.chain([first], result.reader):
+            if batch.num_rows:
+                rows = encoder.encode(batch).replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+                yield separator + rows
+                separator = b","
+    yield (b"[]" if first is None else b"]") + suffix
 
 
-def _chain(first: pa.RecordBatch, rest: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    yield first
-    yield from rest
-
-
-def _coalesced(pieces: Iterable[Chunk]) -> Iterator[Chunk]:
-    """Join small pieces; a large one stays alone."""
-    waiting: list[Chunk] = []
-    size = 0
+def _coalesced(prefix: bytes, pieces: Iterable[Chunk]) -> Iterator[Chunk]:
+    """``prefix`` and ``pieces``, small ones joined; a large one stays alone."""
+    waiting: list[Chunk] = [prefix]
+    size = len(prefix)
     for piece in pieces:
-        if len(piece) > WHOLE_MESSAGE_BYTES:
-            if waiting:
-                yield b"".join(waiting)
-                waiting, size = [], 0
-            yield piece
-            continue
-        waiting.append(piece)
-        size += len(piece)
-        if size >= WHOLE_MESSAGE_BYTES:
+        is_large = len(piece) > WHOLE_MESSAGE_BYTES
+        if not is_large:
+            waiting.append(piece)
+            size += len(piece)
+        if waiting and (is_large or size >= WHOLE_MESSAGE_BYTES):
             yield b"".join(waiting)
             waiting, size = [], 0
+        if is_large:
+            yield piece
     if waiting:
         yield b"".join(waiting)

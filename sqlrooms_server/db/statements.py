@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import duckdb
 
@@ -36,39 +35,28 @@ _KINDS_BY_WORD = {
 }
 
 
-@dataclass(frozen=True, slots=True)
 class Statements:
-    """The kinds of the statements of one text, in order, as DuckDB names them (``"SELECT"``).
+    """What is known of one text before it runs.
 
-    Empty when the text holds no statement; None when DuckDB could not say.
+    ``kinds`` are the kinds of its statements, in order, as DuckDB names them (``"SELECT"``):
+    empty when it holds none, None when DuckDB could not say.
     """
 
-    kinds: tuple[str, ...] | None
+    __slots__ = ("end_in_change", "is_one_select", "kinds", "may_retry", "returns_rows")
 
-    @property
-    def is_one_select(self) -> bool:
-        """Whether the text is a single statement that returns rows and names no write target."""
-        return self.kinds == ("SELECT",)
-
-    @property
-    def end_in_change(self) -> bool:
-        """Whether the last statement changes data or the catalog."""
-        return bool(self.kinds and self.kinds[-1] in _CHANGING)
-
-    @property
-    def may_retry(self) -> bool:
-        """Whether running the text again after a conflict applies it once.
-
-        A text of several statements commits each by itself, so that a second run would apply
-        the first ones twice.
-        """
-        return self.kinds is not None and len(self.kinds) == 1 and self.kinds != ("TRANSACTION",)
-
-    @property
-    def returns_rows(self) -> bool:
-        """Whether the last statement is a query, so that even an empty result is a table."""
-        # A PIVOT statement is MULTI on 2.x.
-        return bool(self.kinds and self.kinds[-1] in ("SELECT", "MULTI"))
+    def __init__(self, kinds: tuple[str, ...] | None) -> None:
+        last = kinds[-1] if kinds else ""
+        self.kinds = kinds
+        # A single statement that returns rows and names no write target.
+        self.is_one_select = kinds == ("SELECT",)
+        # Each statement commits by itself, so that a second run of several would apply the
+        # first ones twice.
+        self.may_retry = kinds is not None and len(kinds) == 1 and last != "TRANSACTION"
+        # The last statement is a query, of which even an empty result is a table. A PIVOT
+        # statement is MULTI on 2.x.
+        self.returns_rows = last in ("SELECT", "MULTI")
+        # The last statement changes data or the catalog.
+        self.end_in_change = last in _CHANGING
 
 
 class Classifier:
