@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -95,6 +96,8 @@ def _serve(settings: Settings) -> int:
     stop = _StopSignals()
     server = Server(settings)
     port = server.start()
+    # What lives now lives as long as the process; the collector need not visit it again.
+    gc.freeze()
     print(_welcome(settings, port), flush=True)
     stop.wait()
     ended = server.stop()

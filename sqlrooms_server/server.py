@@ -57,6 +57,9 @@ class Server:
         self._handlers: dict[type, MessageHandler] = {}
         self._is_ready = False
         self._is_draining = False
+        # Messages that came before the database was open, and their bytes.
+        self._early: list[tuple[Connection, bytes, bool]] = []
+        self._early_bytes = 0
         self._transport = Transport(
             self,
             TransportLimits(
@@ -73,7 +76,7 @@ class Server:
     def start(self) -> int:
         """Listen, open the database, and return the port.
 
-        Until the database is open, WebSockets are refused and ``/readyz`` answers 503.
+        Until the database is open, messages wait and ``/readyz`` answers 503.
         """
         settings = self.settings
         if not is_loopback(settings.host) and not self._access.needs_token:
@@ -92,7 +95,7 @@ class Server:
             self._scheduler = Scheduler(settings.worker_count, settings.max_queue)
             undo.pop_all()
         self._join_features()
-        self._is_ready = True
+        self._transport.post(self._begin)
         return port
 
     def stop(self) -> bool:
@@ -126,6 +129,14 @@ class Server:
             self._handlers.update(feature.handlers)
             self._routes.update(feature.routes)
 
+    def _begin(self) -> None:
+        """The database is open: handle what came before."""
+        self._is_ready = True
+        early, self._early = self._early, []
+        for connection, data, is_text in early:
+            if connection.is_open:
+                self.message(connection, data, is_text)
+
     # What the transport calls, on the loop thread.
 
     def upgrade(self, request: HttpRequest) -> Peer | Refusal:
@@ -133,9 +144,8 @@ class Server:
         if refused is not None:
             log.warning("Refused a WebSocket from %s: %s.", request.remote_address, refused)
             return Refusal(403, f"{refused}\n")
-        if self._is_draining or not self._is_ready:
-            state = "shutting down" if self._is_draining else "starting"
-            return Refusal(503, f"The server is {state}.\n")
+        if self._is_draining:
+            return Refusal(503, "The server is shutting down.\n")
         token = self._access.token_of(request)
         authorised = not self._access.needs_token
         refused_token = False
@@ -152,6 +162,9 @@ class Server:
             self._refuse(peer)
 
     def message(self, connection: Connection, data: bytes, is_text: bool) -> None:
+        if not self._is_ready:
+            self._keep_early(connection, data, is_text)
+            return
         peer: Peer = connection.handler_data
         if not peer.authorised:
             self._authorise(peer, data, is_text)
@@ -176,6 +189,13 @@ class Server:
             exchange.respond(405, b"only GET is allowed here")
         else:
             route(request, exchange)
+
+    def _keep_early(self, connection: Connection, data: bytes, is_text: bool) -> None:
+        self._early_bytes += len(data)
+        if self._early_bytes > self.settings.max_queued_bytes:
+            connection.abort()
+        else:
+            self._early.append((connection, data, is_text))
 
     def _handle(self, peer: Peer, message: Message) -> None:
         if isinstance(message, Auth):
