@@ -8,14 +8,16 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 from sqlrooms_server import __version__
 from sqlrooms_server.errors import StartupError
 from sqlrooms_server.settings import Settings, environment_variable, fields, flag, load, parse
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _EPILOG = """\
 Every setting is also an environment variable (SQLROOMS_DB_PATH for --db-path) and a key of the
@@ -121,20 +123,31 @@ def _raise_file_limit() -> None:
 
 
 class _StopSignals:
-    """SIGINT and SIGTERM: the first one stops the server, the second one the process."""
+    """SIGINT and SIGTERM: the first one stops the server, the second one the process.
+
+    The system may hand a signal to any thread, while Python handles it in the main one, which
+    may sleep; so that is woken through a socket, which works from every thread.
+    """
 
     def __init__(self) -> None:
-        self._stopped = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._receiver, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        self._is_waiting = False
+        for number in _STOP_SIGNALS:
             signal.signal(number, self._received)
 
     def wait(self) -> None:
-        self._stopped.wait()
+        """Return at the first signal; the next one ends the process."""
+        self._is_waiting = True
+        self._receiver.recv(1)
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
     def _received(self, number: int, _: object) -> None:
-        if self._stopped.is_set():
+        if not self._is_waiting:
+            # Still starting: there is nothing to stop yet.
             os._exit(128 + number)
-        self._stopped.set()
 
 
 def _welcome(settings: Settings, port: int) -> str:
