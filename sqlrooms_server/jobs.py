@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -32,6 +33,9 @@ INTERRUPT_INTERVAL = 0.02
 
 # A job that could go on gives its worker up after this time when others wait.
 TURN = 0.05
+
+# A job that takes longer does not count against the cores any more.
+_SHORT = 0.005
 
 # Of one connection at one time. Results leave a connection one after the other, so more would
 # only hold more memory: each open result keeps DuckDB's streaming buffer and ready chunks.
@@ -115,6 +119,12 @@ class Scheduler:
         # Locks on which idle workers sleep. The last one to fall asleep is woken first, because
         # its memory is still in the caches: a tenth of the time of a small query.
         self._asleep: list[threading.Lock] = []
+        # When each of the others began its job.
+        self._began: dict[threading.Lock, float] = {}
+        # More than one worker for each core only makes short jobs slower, while long ones must
+        # not block the rest. So one more stands by, and joins when those at work take long.
+        self._standby: threading.Lock | None = None
+        self._cores = os.cpu_count() or 1
         self._threads = [
             threading.Thread(target=self._run_worker, name=f"worker-{number}")
             for number in range(workers)
@@ -181,18 +191,53 @@ class Scheduler:
         wake = threading.Lock()
         wake.acquire()
         while True:
+            pause = -1.0
             with self._lock:
-                job = self._take()
-                if job is None:
+                if not self._has_work():
                     if self._ended:
                         return
-                    self._asleep.append(wake)
-            if job is None:
-                wake.acquire()
-            else:
+                    job = None
+                    self._fall_asleep(wake)
+                elif self._standby is wake and self._is_crowded():
+                    job = None
+                    pause = _SHORT
+                else:
+                    job = self._take()
+                    self._began[wake] = time.monotonic()
+                    if self._standby is wake:
+                        self._standby = None
+                        if self._has_work():
+                            self._wake_one()
+            if job is not None:
                 self._advance(job)
+            else:
+                wake.acquire(timeout=pause)
 
-    def _take(self) -> Job | None:
+    def _has_work(self) -> bool:
+        return bool(self._ready or self._turns)
+
+    def _is_crowded(self) -> bool:
+        """Whether as many workers as there are cores have just begun, and will end soon."""
+        recent = time.monotonic() - _SHORT
+        return sum(began > recent for began in self._began.values()) >= self._cores
+
+    def _fall_asleep(self, wake: threading.Lock) -> None:
+        self._began.pop(wake, None)
+        if self._standby is wake:
+            self._standby = None
+        self._asleep.append(wake)
+
+    def _wake_one(self) -> None:
+        """There is more to do. When nobody sleeps, the next one to finish finds it."""
+        if not self._asleep:
+            return
+        if self._is_crowded():
+            if self._standby is not None:
+                return
+            self._standby = self._asleep[-1]
+        self._asleep.pop().release()
+
+    def _take(self) -> Job:
         # New jobs and those under way take turns, so that neither starves the other.
         self._prefer_ready = not self._prefer_ready
         if self._ready and (self._prefer_ready or not self._turns):
@@ -201,8 +246,6 @@ class Scheduler:
             if job.state is State.PARKED:
                 job.state = State.RUNNING
             return job
-        if not self._turns:
-            return None
         lane = self._turns.popleft()
         jobs = self._waiting[lane]
         job = jobs.popleft()
@@ -224,11 +267,6 @@ class Scheduler:
             job._is_ready = True
             self._ready.append(job)
             self._wake_one()
-
-    def _wake_one(self) -> None:
-        # When none sleeps, the next one to finish finds the work.
-        if self._asleep:
-            self._asleep.pop().release()
 
     def _advance(self, job: Job) -> None:
         """Run the work until it ends or pauses for good."""
