@@ -98,6 +98,7 @@ def _serve(settings: Settings) -> int:
     stop = _StopSignals()
     server = Server(settings)
     port = server.start()
+    stop.started()
     # What lives now lives as long as the process; the collector need not visit it again.
     gc.freeze()
     print(_welcome(settings, port), flush=True)
@@ -133,20 +134,22 @@ class _StopSignals:
         self._receiver, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        self._is_waiting = False
+        self._has_started = False
         for number in _STOP_SIGNALS:
             signal.signal(number, self._received)
 
+    def started(self) -> None:
+        """From here on there is something to stop."""
+        self._has_started = True
+
     def wait(self) -> None:
         """Return at the first signal; the next one ends the process."""
-        self._is_waiting = True
         self._receiver.recv(1)
         for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
     def _received(self, number: int, _: object) -> None:
-        if not self._is_waiting:
-            # Still starting: there is nothing to stop yet.
+        if not self._has_started:
             os._exit(128 + number)
 
 
