@@ -46,8 +46,7 @@ class Access:
         origin = request.headers.get("origin")
         if origin is None or ANY in self._origins or origin.lower() in self._origins:
             return None
-        parts = urlsplit(origin)
-        if parts.scheme in ("http", "https") and is_loopback(_host_name(parts.netloc)):
+        if _is_page_of_this_machine(origin):
             return None
         return f"origin {origin!r} is not allowed; --allow-origin {origin} would"
 
@@ -65,6 +64,14 @@ class Access:
                 if name == self._cookie:
                     return value
         return None
+
+
+def _is_page_of_this_machine(origin: str) -> bool:
+    try:
+        parts = urlsplit(origin)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and is_loopback(_host_name(parts.netloc))
 
 
 def is_loopback(host: str) -> bool:

@@ -10,8 +10,9 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from sqlrooms_server import __version__
 from sqlrooms_server.errors import StartupError
@@ -27,29 +28,28 @@ and the environment over the file.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status, 2 when the server cannot start."""
+    """Run the command. Returns 2 when the server cannot start; else the process ends here."""
     try:
-        settings = _settings(arguments)
-        return _serve(settings)
+        _serve(_settings(arguments))
     except StartupError as error:
         print(f"sqlrooms-server: {error}", file=sys.stderr)
         return 2
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line, made from the table of settings."""
-    made = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="sqlrooms-server",
         description="A native DuckDB for browser apps, notebooks and teams, over one WebSocket.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("--version", action="version", version=f"sqlrooms-server {__version__}")
-    made.add_argument("--config", metavar="FILE", help="TOML file with settings.")
+    parser.add_argument("--version", action="version", version=f"sqlrooms-server {__version__}")
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings.")
     for field in fields():
-        made.add_argument(flag(field.name), dest=field.name, **_argument(field))
-    return made
+        parser.add_argument(flag(field.name), dest=field.name, **_argument(field))
+    return parser
 
 
 def _argument(field: dataclasses.Field[Any]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
 
 
 def _settings(arguments: Sequence[str] | None) -> Settings:
-    given = vars(parser().parse_args(arguments))
+    given = vars(build_parser().parse_args(arguments))
     config = given.pop("config", None)
     by_name = {field.name: field for field in fields()}
     flags = {
@@ -82,13 +82,15 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
     return load(flags, os.environ, config or os.environ.get(environment_variable("config")))
 
 
-def _serve(settings: Settings) -> int:
+def _serve(settings: Settings) -> NoReturn:
     logging.basicConfig(
         level=settings.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
     _raise_file_limit()
+    # Of DuckDB 2.x: sql() streams Arrow, but may report an interrupt for a committed change.
+    warnings.filterwarnings("ignore", "Arrow output on a DB-API result", UserWarning)
     # A thread that computes in Python would otherwise keep the loop waiting 5 ms at a time.
     sys.setswitchinterval(0.001)
 

@@ -100,7 +100,7 @@ class Client:
         reply: Future[Any] = Future()
         with self._lock:
             if self._closed is not None:
-                raise ConnectionError(str(self._closed))
+                raise self._closed
             self._waiting[query_id] = reply
         message = ujson.dumps({**fields, "queryId": query_id})
         try:
@@ -127,12 +127,16 @@ class Client:
                     error = RequestFailed(fields["error"], fields["code"])
                 self._answer(fields, fields)
         except ConnectionClosed as closed:
-            error = ConnectionError(str(closed))
-        with self._lock:
-            self._closed = error
-            waiting, self._waiting = self._waiting, {}
-        for reply in waiting.values():
-            reply.set_exception(error)
+            if not isinstance(error, RequestFailed):
+                error = ConnectionError(str(closed))
+        except (ValueError, LookupError) as broken:
+            error = ConnectionError(f"The server sent what is no reply: {broken}")
+        finally:
+            with self._lock:
+                self._closed = error
+                waiting, self._waiting = self._waiting, {}
+            for reply in waiting.values():
+                reply.set_exception(error)
 
     def _answer(self, header: dict[str, Any], content: Any) -> None:
         with self._lock:

@@ -40,12 +40,6 @@ class Unauthorized(ServerError):
     code = "unauthorized"
 
 
-class Forbidden(ServerError):
-    """The origin, host or identity may not do this."""
-
-    code = "forbidden"
-
-
 class QueryError(ServerError):
     """DuckDB refused or failed the statement; the text is DuckDB's own."""
 
@@ -74,12 +68,6 @@ class Conflict(ServerError):
     """The query id is in use, or a concurrent transaction won."""
 
     code = "conflict"
-
-
-class NotFound(ServerError):
-    """No such route or object."""
-
-    code = "not_found"
 
 
 class ShuttingDown(ServerError):

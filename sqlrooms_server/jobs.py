@@ -7,11 +7,11 @@ The states of a job and its allowed steps::
     running -> parked    its reader is slow, or others wait and its turn is over
     running -> stopping  stopped: it is interrupted every 20 ms until it gives up
     running -> done      finished or failed
-    parked  -> running   there is room again and a worker took it
+    parked  -> running   there is room again, or its turn has come, and a worker took it
     parked  -> stopping  stopped: a worker closes what it holds
     stopping -> done     gave up, or finished anyway
 
-A job leaves its last state exactly once, through its ``done`` callback.
+A job reaches done, and its callback runs, exactly once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class Job:
         self._work = work
         self._interrupt = interrupt
         self._done = done
+        # There is room again, though the work has not yet said that there is none.
         self._room = False
+        # In the queue of jobs that go on.
         self._is_ready = False
 
     def resume(self) -> None:
@@ -206,8 +208,8 @@ class Scheduler:
                     self._began[wake] = time.monotonic()
                     if self._standby is wake:
                         self._standby = None
-                        if self._has_work():
-                            self._wake_one()
+                    if self._has_work():
+                        self._wake_one()
             if job is not None:
                 self._advance(job)
             else:
@@ -228,7 +230,10 @@ class Scheduler:
         self._asleep.append(wake)
 
     def _wake_one(self) -> None:
-        """There is more to do. When nobody sleeps, the next one to finish finds it."""
+        """There is more to do. When nobody sleeps, the next one to finish finds it.
+
+        A worker that takes a job wakes the next one while there is work.
+        """
         if not self._asleep:
             return
         if self._is_crowded():
@@ -281,7 +286,8 @@ class Scheduler:
         except StopIteration:
             self._finish(job, None)
         except BaseException as error:  # worker-top guard: the error goes to the job's owner
-            self._finish(job, job.stopped or error)
+            # Without the traceback, which would keep what the work held until a collection.
+            self._finish(job, job.stopped.with_traceback(None) if job.stopped else error)
 
     def _may_park(self, job: Job, pause: Pause, turn_ends: float) -> bool:
         with self._lock:
@@ -312,18 +318,17 @@ class Scheduler:
             if job.state is State.DONE or job.stopped is not None:
                 return job.state is not State.DONE
             job.stopped = reason
-            if job.state is State.QUEUED:
+            state = job.state
+            if state is State.QUEUED:
                 self._forget_queued(job)
-            elif job.state is State.PARKED:
-                job.state = State.STOPPING
-                self._add_ready(job)
-                return True
             else:
                 job.state = State.STOPPING
-        if job.state is State.DONE:
+                if state is State.PARKED:
+                    self._add_ready(job)
+        if state is State.QUEUED:
             job._work.close()
             self._call_done(job, reason)
-        else:
+        elif state is State.RUNNING:
             self._interrupter.add(job)
         return True
 
@@ -372,7 +377,7 @@ class _Interrupter:
         self._closed = False
 
     def add(self, job: Job) -> None:
-        job._interrupt()
+        self._interrupt(job)
         with self._changed:
             self._jobs.append(job)
             if self._thread is None:
@@ -397,4 +402,11 @@ class _Interrupter:
                 self._jobs = [job for job in self._jobs if job.state is not State.DONE]
                 jobs = list(self._jobs)
             for job in jobs:
-                job._interrupt()
+                self._interrupt(job)
+
+    @staticmethod
+    def _interrupt(job: Job) -> None:
+        try:
+            job._interrupt()
+        except Exception:  # worker-top guard: later cancels need this thread
+            log.exception("An interrupt failed.")

@@ -81,6 +81,7 @@ class Outbox:
             self._size = 0
             if self._rest is None and self._begun:
                 self._chunks.append(broken_end)
+                self._size = len(broken_end)
             self._rest = None
             wake = self._starving
             self._starving = False
@@ -102,7 +103,7 @@ class Outbox:
             rest = self._rest[FRAGMENT_BYTES:]
             self._rest = rest if len(rest) else None
             self._begun = True
-            self._size = max(0, self._size - len(fragment))
+            self._size -= len(fragment)
             if self._full and self._size < LOW_BYTES:
                 self._full = False
                 room = True

@@ -93,7 +93,7 @@ def decode(data: bytes, *, is_text: bool, limits: Limits) -> Message:
         )
     if not is_text:
         return _decode_binary(data)
-    # JSON spends at most six bytes on one: \u0000. Decoding more would only delay everybody.
+    # A byte of SQL takes at most six of JSON (\u0000). Decoding more would only delay everybody.
     if len(data) > 6 * limits.max_sql_length + MAX_HEADER_LENGTH:
         raise TooLarge(
             f"The message has {len(data)} bytes, more than sql may have (--max-sql-length, "

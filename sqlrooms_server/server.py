@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from sqlrooms_server.access import Access, is_loopback
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.store import create_meta_tables
-from sqlrooms_server.errors import BadRequest, ServerError, ShuttingDown, StartupError, Unauthorized
+from sqlrooms_server.errors import ServerError, ShuttingDown, StartupError, Unauthorized
 from sqlrooms_server.features import Feature, MessageHandler, Route
 from sqlrooms_server.features.health import Health
 from sqlrooms_server.features.queries import Queries
@@ -31,11 +31,14 @@ from sqlrooms_server.transport import (
 
 log = logging.getLogger(__name__)
 
-# How a stop spends its five seconds: interrupting queries, sending the last replies, and the
-# checkpoint. Nothing is lost when one of them is cut short.
-_STOP_QUERIES = 2.5
-_STOP_SENDING = 3.5
-_STOP_DATABASE = 4.5
+# Seconds after a stop began by which each of its steps ends, so that all take at most five.
+# Nothing is lost when one of them is cut short.
+_QUERIES_STOPPED_BY = 2.5
+_REPLIES_SENT_BY = 3.5
+_DATABASE_CLOSED_BY = 4.5
+
+# What an early message costs besides its bytes.
+_EARLY_ENTRY_BYTES = 200
 
 # An auth message; anything longer from a stranger is not worth decoding.
 _MAX_AUTH_BYTES = 16 << 10
@@ -46,8 +49,8 @@ _AUTH_ACK = encode({"type": "authAck"})
 class Server:
     """A DuckDB database behind a WebSocket port.
 
-    ``start`` opens both and returns the port, ``stop`` closes both; several servers can live in
-    one process. Raises ``StartupError`` with one line that says what to do.
+    ``start`` opens both and returns the port, ``stop`` closes both. Several servers can live in
+    one process.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -55,6 +58,7 @@ class Server:
         self._access = Access(settings)
         self._limits = Limits(settings.max_message_size, settings.max_sql_length)
         self._handlers: dict[type, MessageHandler] = {}
+        self._has_started = False
         self._is_ready = False
         self._is_draining = False
         # Messages that came before the database was open, and their bytes.
@@ -76,7 +80,8 @@ class Server:
     def start(self) -> int:
         """Listen, open the database, and return the port.
 
-        Until the database is open, messages wait and ``/readyz`` answers 503.
+        Until the database is open, messages wait and ``/readyz`` answers 503. Raises
+        ``StartupError`` with one line that says what to do.
         """
         settings = self.settings
         if not is_loopback(settings.host) and not self._access.needs_token:
@@ -90,11 +95,12 @@ class Server:
             self._engine = Engine(
                 settings.db_path, read_only=settings.read_only, extensions=settings.extensions
             )
-            undo.callback(lambda: self._engine.close(time.monotonic() + _STOP_DATABASE))
+            undo.callback(lambda: self._engine.close(time.monotonic() + _DATABASE_CLOSED_BY))
             create_meta_tables(self._engine, settings.meta_namespace, settings.meta_db)
             self._scheduler = Scheduler(settings.worker_count, settings.max_queue)
+            self._join_features()
             undo.pop_all()
-        self._join_features()
+        self._has_started = True
         self._transport.post(self._begin)
         return port
 
@@ -104,15 +110,18 @@ class Server:
         Takes at most five seconds, whatever runs. False means that a query could not be
         interrupted in time and its thread was left behind.
         """
+        if not self._has_started:
+            return True
+        self._has_started = False
         began = time.monotonic()
         self._is_draining = True
         self._health.drain()
         self._transport.stop_listening()
-        ended = self._scheduler.close(began + _STOP_QUERIES)
+        ended = self._scheduler.close(began + _QUERIES_STOPPED_BY)
         reason = ShuttingDown("The server is shutting down.")
         self._transport.post(self._requests.abandon, reason)
-        self._transport.stop(began + _STOP_SENDING)
-        return self._engine.close(began + _STOP_DATABASE) and ended
+        self._transport.stop(began + _REPLIES_SENT_BY)
+        return self._engine.close(began + _DATABASE_CLOSED_BY) and ended
 
     def _join_features(self) -> None:
         self._requests = Requests(
@@ -185,17 +194,18 @@ class Server:
         route = self._routes.get(request.path)
         if route is None:
             exchange.respond(404, b"not found")
-        elif request.method not in ("GET", "HEAD"):
+        elif request.method != "GET":
             exchange.respond(405, b"only GET is allowed here")
         else:
             route(request, exchange)
 
     def _keep_early(self, connection: Connection, data: bytes, is_text: bool) -> None:
-        self._early_bytes += len(data)
-        if self._early_bytes > self.settings.max_queued_bytes:
+        size = len(data) + _EARLY_ENTRY_BYTES
+        if self._early_bytes + size > self.settings.max_queued_bytes:
             connection.abort()
-        else:
-            self._early.append((connection, data, is_text))
+            return
+        self._early_bytes += size
+        self._early.append((connection, data, is_text))
 
     def _handle(self, peer: Peer, message: Message) -> None:
         if isinstance(message, Auth):
@@ -212,10 +222,8 @@ class Server:
             return
         message: Message | None = None
         if is_text and len(data) <= _MAX_AUTH_BYTES:
-            try:
+            with contextlib.suppress(ServerError):
                 message = decode(data, is_text=True, limits=self._limits)
-            except BadRequest:
-                message = None
         if isinstance(message, Auth) and self._access.accepts(message.token):
             peer.authorised = True
             peer.send(_AUTH_ACK)

@@ -125,6 +125,9 @@ class Settings:
             )
         if not self.host.strip():
             raise StartupError("--host is empty; use 127.0.0.1, or 0.0.0.0 for every interface.")
+        if not self.auth_token.isascii():
+            # A header or a cookie carries nothing else reliably.
+            raise StartupError("The token must consist of ASCII characters.")
         if not self.meta_namespace.strip():
             raise StartupError("--meta-namespace must not be empty.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pytest
@@ -17,7 +18,7 @@ from sqlrooms_server.transport import HttpRequest
 from tests.conftest import LocalServer
 from tests.wire import Wire, framed, ipc
 
-TOKEN = "s3cret-tökén"
+TOKEN = "s3cret+token=/"
 
 
 @pytest.fixture
@@ -62,8 +63,14 @@ def test_anything_else_first_is_refused(guarded: LocalServer, message: Any) -> N
         assert_refused(wire)
 
 
+def test_a_stranger_whose_message_is_too_large(launch: Callable[..., LocalServer]) -> None:
+    with launch(auth_token="t", max_sql_length=1024).connect() as wire:
+        wire.send(type="arrow", sql="x" * 2000)
+        assert_refused(wire)
+
+
 def test_nothing_after_a_refusal_is_handled(guarded: LocalServer) -> None:
-    with guarded.connect() as wire, guarded.connect(f"/?token={TOKEN}") as owner:
+    with guarded.connect() as wire, guarded.connect(f"/?token={quote(TOKEN)}") as owner:
         wire.send(type="auth", token="wrong")
         wire.send(type="auth", token=TOKEN)
         wire.send(type="exec", sql="create table pwned as select 1", queryId="p")
@@ -117,7 +124,7 @@ def test_a_server_without_token_acknowledges_any(wire: Wire) -> None:
 
 
 def test_a_wrong_token_later_closes_too(guarded: LocalServer) -> None:
-    with guarded.connect(f"/?token={TOKEN}") as wire:
+    with guarded.connect(f"/?token={quote(TOKEN)}") as wire:
         wire.send(type="auth", token="wrong")
         assert_refused(wire)
 
@@ -146,6 +153,7 @@ def test_pages_of_this_machine_may_connect(server: LocalServer, origin: str) -> 
         "http://127.0.0.1.evil.example",
         "file://",
         "http://localhost@evil.example",
+        "http://[::1",
         "chrome-extension://abc",
     ],
 )

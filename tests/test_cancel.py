@@ -75,7 +75,7 @@ def test_cancel_while_streaming_json(wire: Wire) -> None:
     while len(seen) < 2:
         message = wire.socket.recv()
         assert isinstance(message, str)
-        if not message.startswith('{"type":"json"') or message.endswith('"}'):
+        if not message.startswith('{"type":"json"') or message.endswith(']"}'):
             seen.append(message)
     assert any('"cancelled":true' in text for text in seen)
     assert any('"code":"cancelled"' in text for text in seen)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
+from websockets.sync.server import ServerConnection
+from websockets.sync.server import serve as serve_websocket
 
 from sqlrooms_server.client import RequestFailed, connect
 from tests.conftest import LocalServer
@@ -82,3 +84,19 @@ def test_a_closed_server_fails_what_waits(launch: Callable[..., LocalServer]) ->
 def test_nothing_listens() -> None:
     with pytest.raises(OSError):
         connect("ws://127.0.0.1:9")
+
+
+def test_a_server_that_speaks_something_else_fails_what_waits() -> None:
+    def answer(socket: ServerConnection) -> None:
+        socket.recv()
+        socket.send("[1, 2")
+
+    with serve_websocket(answer, "127.0.0.1", 0) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        port = other.socket.getsockname()[1]
+        with connect(f"ws://127.0.0.1:{port}") as db:
+            with pytest.raises(ConnectionError, match="no reply"):
+                db.query("select 1")
+        other.shutdown()
+        thread.join()

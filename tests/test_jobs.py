@@ -288,3 +288,41 @@ def test_thousands_of_jobs_stopped_at_random_all_end_once(schedule: Any) -> None
         assert ended.acquire(timeout=DEADLINE)
     assert all(len(mine) == 1 for mine in results)
     assert all(mine[0] is None or isinstance(mine[0], ServerError) for mine in results)
+
+
+def test_a_stop_that_races_with_the_end_reports_it_once(schedule: Any) -> None:
+    scheduler = schedule(workers=2)
+    for _ in range(500):
+        results: list[BaseException | None] = []
+        ended = threading.Event()
+
+        def work() -> Work:
+            return
+            yield
+
+        def done(
+            error: BaseException | None,
+            results: list[BaseException | None] = results,
+            ended: threading.Event = ended,
+        ) -> None:
+            results.append(error)
+            ended.set()
+
+        job = scheduler.submit("a", work(), lambda: None, done)
+        job.stop(Cancelled("race"))
+        assert ended.wait(DEADLINE)
+        wait_for_state(job, State.DONE)
+        assert len(results) == 1
+
+
+def test_every_worker_takes_work_that_waits(schedule: Any) -> None:
+    """Long jobs that come together each find a worker, however many came before them."""
+    scheduler = schedule(workers=8)
+    jobs = [Recorded(scheduler, f"lane {number}") for number in range(2)]
+    for job in jobs:
+        assert job.began.wait(DEADLINE)
+    jobs += [Recorded(scheduler, f"later {number}") for number in range(6)]
+    for job in jobs:
+        assert job.began.wait(DEADLINE)
+    for job in jobs:
+        assert job.finish() is None

@@ -53,8 +53,34 @@ def test_http_routes(server: LocalServer) -> None:
     assert version["duckdb"] == duckdb.__version__
     for path in ("/", "/nothing", "/healthz/x", "/etc/passwd"):
         assert get(server.port, path)[0] == 404
-    assert get(server.port, "/healthz", "POST")[0] == 405
-    assert get(server.port, "/healthz", "HEAD")[0] == 200
+    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+        assert get(server.port, "/healthz", method)[0] == 405
+
+
+def test_not_ready_when_duckdb_fails(server: LocalServer) -> None:
+    server.server._engine._connection.close()
+    assert get(server.port, "/readyz") == (503, b"DuckDB failed")
+
+
+def test_a_server_that_was_not_started_can_be_stopped() -> None:
+    assert Server(Settings(port=0)).stop()
+
+
+def test_clients_that_leave_are_forgotten(server: LocalServer) -> None:
+    """Also those that leave while the last part of a result is on its way."""
+    for number in range(30):
+        wire = server.connect()
+        wire.send(type="arrow", sql=f"from range({(number + 1) * 100_000})", queryId="q")
+        if number % 3:
+            wire.socket.ping().wait(DEADLINE)
+        abort(wire)
+    with server.connect() as wire:
+        wire.table("select 1")
+        deadline = time.monotonic() + DEADLINE
+        while len(server.server._transport.connections) > 1:
+            assert time.monotonic() < deadline
+        while server.server._requests._of_peer:
+            assert time.monotonic() < deadline
 
 
 def test_not_ready_while_duckdb_hangs(server: LocalServer) -> None:

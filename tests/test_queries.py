@@ -132,6 +132,13 @@ def test_statements_that_return_rows(wire: Wire, sql: str, rows: int) -> None:
     assert wire.table(sql).num_rows == rows
 
 
+def test_a_column_named_count_is_not_always_the_count(wire: Wire) -> None:
+    wire.exec("create table t(a varchar)")
+    reply = wire.table("insert into t values ('x') returning a as \"Count\"")
+    assert reply.to_pydict() == {"Count": ["x"]}
+    assert wire.rows("from t") == [{"a": "x"}]
+
+
 def test_json_data_is_a_string_of_row_objects(wire: Wire) -> None:
     reply = wire.request(type="json", sql="select 1 as a, 'ü\"\\\n' as b", queryId="j")
     assert set(reply) == {"type", "queryId", "data"}

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,9 +23,6 @@ from sqlrooms_server.db.statements import Classifier, Statements, quote_identifi
 from sqlrooms_server.errors import Cancelled, Conflict, QueryError, ServerError
 
 log = logging.getLogger(__name__)
-
-# 2.x recommends sql() for Arrow, which streams but may report an interrupt for a committed change.
-warnings.filterwarnings("ignore", "Arrow output on a DB-API result", UserWarning)
 
 _T = TypeVar("_T")
 
@@ -94,12 +90,21 @@ class Cursor:
         self.has_written = False
         self._engine = engine
         self._interrupted = False
+        self._closed = False
+        self._lock = threading.Lock()
 
     def interrupt(self) -> None:
         """Cut short what runs and refuse to run more. Never blocks."""
         self._interrupted = True
-        with contextlib.suppress(duckdb.Error):
-            self.native.interrupt()
+        with self._lock, contextlib.suppress(duckdb.Error):
+            if not self._closed:
+                self.native.interrupt()
+
+    def close(self) -> None:
+        """Roll an open transaction back and free what the cursor holds."""
+        with self._lock:
+            self._closed = True
+        self.native.close()
 
     def check(self) -> None:
         """Raise ``Cancelled`` when the cursor was interrupted."""
@@ -143,13 +148,18 @@ class Cursor:
         self.native.execute(sql)
         self.has_written = True
         description = self.native.description
-        if len(description) == 1 and description[0][0] == "Count":
+        if len(description) == 1 and _is_count(*description[0][:2]):
             counts = pa.array([row[0] for row in self.native.fetchall()], pa.int64())
             batch = pa.RecordBatch.from_pydict({"Count": counts})
             reader = pa.RecordBatchReader.from_batches(batch.schema, [batch])
         else:
             reader = self.native.to_arrow_reader(_batch_rows(description))
         return Result(reader, description, statements)
+
+
+def _is_count(name: str, type_: Any) -> bool:
+    """Whether a column is DuckDB's count of changed rows, and none that RETURNING made."""
+    return name == "Count" and str(type_) == "BIGINT"
 
 
 def _batch_rows(description: list[Any]) -> int:
@@ -160,7 +170,6 @@ class Engine:
     """Owns the DuckDB connection. Raises ``StartupError`` when it cannot open what was asked."""
 
     def __init__(self, path: str, *, read_only: bool, extensions: tuple[str, ...]) -> None:
-        self.path = path
         self.read_only = read_only
         self.classifier = Classifier()
         self._writer = threading.Lock()
@@ -187,8 +196,9 @@ class Engine:
 
         DuckDB's errors come out as ``QueryError`` with their text, or ``Conflict``.
         """
-        cursor = Cursor(self._connection.cursor(), self)
+        cursor: Cursor | None = None
         try:
+            cursor = Cursor(self._connection.cursor(), self)
             yield cursor
         except ServerError:
             raise
@@ -198,7 +208,8 @@ class Engine:
             # OSError: what a half-read Arrow reader raises for an error of the query.
             raise QueryError(str(error)) from error
         finally:
-            cursor.native.close()
+            if cursor is not None:
+                cursor.close()
 
     def retrying(self, cursor: Cursor, attempt: Callable[..., _T], *arguments: Any) -> _T:
         """What ``attempt`` returns, tried again when a concurrent write won.

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 # A database that has not answered SELECT 1 by then is not ready, whatever holds it up.
 PROBE_SECONDS = 2.0
+_NO_ANSWER = f"DuckDB did not answer within {PROBE_SECONDS:g} s".encode()
 
 
 class Health:
@@ -30,7 +31,9 @@ class Health:
         self._settings = settings
         self._post = post
         self._draining = False
+        # Those whom the probe under way will answer, and its thread inside DuckDB.
         self._waiting: list[Exchange] = []
+        self._ping: threading.Thread | None = None
 
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
@@ -92,37 +95,32 @@ class Health:
         if self._engine is None:
             exchange.respond(503, b"starting")
             return
+        is_hanging = self._ping is not None and self._ping.is_alive()
+        if is_hanging and not self._waiting:
+            # One thread that hangs is enough.
+            exchange.respond(503, _NO_ANSWER)
+            return
         self._waiting.append(exchange)
         if len(self._waiting) == 1:
-            probe = threading.Thread(
-                target=self._probe, args=(self._engine,), name="readyz", daemon=True
-            )
-            probe.start()
+            threading.Thread(target=self._probe, args=(self._engine,), name="readyz").start()
 
     def _probe(self, engine: Engine) -> None:
         """Ask DuckDB, on a thread that may be left behind when it does not answer."""
-        failures: list[str] = []
-        ping = threading.Thread(
-            target=self._ping, args=(engine, failures), name="ping", daemon=True
-        )
-        ping.start()
-        ping.join(PROBE_SECONDS)
-        if ping.is_alive():
-            failures.append(f"DuckDB did not answer within {PROBE_SECONDS:g} s")
-        self._post(self._answer, failures)
+        outcome = [b"DuckDB failed"]
 
-    @staticmethod
-    def _ping(engine: Engine, failures: list[str]) -> None:
-        try:
-            engine.ping()
-        except ServerError as error:
-            log.warning("The readiness query failed: %s", error)
-            failures.append("DuckDB failed")
+        def ping() -> None:
+            try:
+                engine.ping()
+                outcome[0] = b""
+            except ServerError as error:
+                log.warning("The readiness query failed: %s", error)
 
-    def _answer(self, failures: list[str]) -> None:
+        self._ping = threading.Thread(target=ping, name="ping", daemon=True)
+        self._ping.start()
+        self._ping.join(PROBE_SECONDS)
+        self._post(self._answer, _NO_ANSWER if self._ping.is_alive() else outcome[0])
+
+    def _answer(self, failure: bytes) -> None:
         waiting, self._waiting = self._waiting, []
         for exchange in waiting:
-            if failures:
-                exchange.respond(503, failures[0].encode())
-            else:
-                exchange.respond(200, b"ok")
+            exchange.respond(503 if failure else 200, failure or b"ok")

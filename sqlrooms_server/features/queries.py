@@ -60,8 +60,9 @@ class Queries:
                 chunks = arrow_chunks(result, first, arrow_prefix(query.query_id))
             else:
                 chunks = json_chunks(result, first, json_prefix(query.query_id), JSON_SUFFIX)
-            for chunk in chunks:
-                if request.put(chunk):
-                    yield Pause.FULL
-                elif request.is_streaming:
-                    yield Pause.TURN
+            chunk = next(chunks)
+            for following in chunks:
+                yield Pause.FULL if request.put(chunk) else Pause.TURN
+                chunk = following
+            # No pause after the last one: a reply that is complete can no longer fail.
+            request.put(chunk)

@@ -120,7 +120,10 @@ class Request:
 
     def _start_stream(self) -> None:
         assert self._outbox is not None
-        self.peer.stream(self._outbox, is_text=self.is_text)
+        if self.answered:
+            self._outbox.dropped()
+        else:
+            self.peer.stream(self._outbox, is_text=self.is_text)
 
     def _resume(self) -> None:
         assert self.job is not None
@@ -198,7 +201,7 @@ class Requests:
     def closed(self, peer: Peer) -> None:
         """Stop what a client left behind."""
         # The newest first: ending one that runs would let a worker start one that waits.
-        for request in reversed(list(self._of_peer.get(peer, {}).values())):
+        for request in reversed(list(self._of_peer.pop(peer, {}).values())):
             request.stop(Cancelled("The connection was closed."))
 
     def abandon(self, reason: ServerError) -> None:

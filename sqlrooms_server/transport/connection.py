@@ -19,7 +19,8 @@ Chunk = bytes | memoryview
 # and would enlarge the buffers of each connection.
 FRAGMENT_BYTES = 576 << 10
 
-# Never more than this in the buffer of uWebSockets, which does not shrink before it closes.
+# No fragment is written above this, so that the buffer of uWebSockets, which does not shrink
+# before it closes, holds at most this and one fragment.
 NATIVE_HIGH_BYTES = 1 << 20
 
 # A fast reader never fills the socket; without a budget it would starve the other connections.
@@ -106,13 +107,6 @@ class Connection:
     @property
     def is_open(self) -> bool:
         return self._ws is not None
-
-    @property
-    def has_unsent(self) -> bool:
-        """Whether something waits in the queue or in the buffer of the socket."""
-        return self._ws is not None and (
-            bool(self._queue) or native.ws_buffered(native.PLAIN, self._ws) > 0
-        )
 
     def send(self, data: bytes, *, is_text: bool) -> None:
         """Send one message, after those before it. A client that does not read is cut off."""

@@ -67,7 +67,7 @@ class Transport:
         self._wake_pending = False
         # Guards the wake-up against the end of the loop, after which it would touch freed memory.
         self._wake_lock = threading.Lock()
-        self._loop_ended = False
+        self._loop_runs = False
         self._stopping = False
         self._listening = True
         self._deadline = 0.0
@@ -108,12 +108,12 @@ class Transport:
     def post(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call ``function`` on the loop thread, soon and in order. From any thread.
 
-        After the loop ended the call is forgotten.
+        Before the loop runs the call waits; after it ended the call is forgotten.
         """
         self._inbox.append((function, arguments))
         if not self._wake_pending:
             with self._wake_lock:
-                if not self._loop_ended:
+                if self._loop_runs:
                     self._wake_pending = True
                     native.wakeup_loop(self._loop)
 
@@ -139,8 +139,10 @@ class Transport:
                 self._listen(address, self.addresses[0][1] if self.addresses else port)
         except BaseException as error:  # handed to the thread that waits in start()
             self._failure = error
-            self._tear_down()
-            self._ready.set()
+            try:
+                self._tear_down()
+            finally:
+                self._ready.set()
             return
         self._ready.set()
         while not self._stopping:
@@ -178,6 +180,7 @@ class Transport:
         self._loop = lib.uws_get_loop_with_native(lib.socketify_get_native_loop(self._uv))
         options = ffi.new("struct us_socket_context_options_t*")
         self._app = lib.uws_create_app(PLAIN, options[0])
+        self._loop_runs = True
         behavior = ffi.new("uws_socket_behavior_t*")
         behavior.compression = 0
         # Twice what is allowed: above its limit uWebSockets drops the connection without a word,
@@ -248,10 +251,10 @@ class Transport:
                 native.close_sockets(context)
             lib.socketify_loop_run(self._uv, lib.SOCKETIFY_RUN_NOWAIT)
         with self._wake_lock:
-            self._loop_ended = True
+            self._loop_runs = False
         if self._app is not None:
             lib.uws_app_destroy(PLAIN, self._app)
-        if self._uv is not None:
+        if self._loop is not None:
             native.destroy_loop(self._uv, self._loop)
         self._inbox.clear()
 
