@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 
@@ -177,3 +178,16 @@ def test_a_disconnect_in_mid_result_frees_its_worker(launch: Callable[..., Local
             leaver.socket.socket.close()
     with server.connect() as wire:
         assert wire.table("select 1 as a").to_pydict() == {"a": [1]}
+
+
+def test_a_cancelled_stream_ends_its_transaction(wire: Wire) -> None:
+    """Or the database could not be checkpointed before the next garbage collection."""
+    gc.disable()
+    try:
+        wire.exec("create table t as select 1 as i")
+        wire.send(type="arrow", sql="from range(300000000)", queryId="stream")
+        assert_cancelled(wire, "stream")
+        wire.exec("update t set i = 2")
+        assert wire.arrow("checkpoint")["type"] == "ok"
+    finally:
+        gc.enable()

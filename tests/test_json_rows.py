@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sqlrooms_server.db.columns import Column, unique_names
+from tests.conftest import LocalServer
 from tests.wire import Wire
 
 DAY = 86_400_000
@@ -78,6 +79,7 @@ def test_value(wire: Wire, sql: str, expected: Any) -> None:
 AS_TEXT = [
     "time '12:34:56.789'",
     "time '00:00:00'",
+    "time '24:00:00'",
     "time '12:00:10.5'",
     "'12:34:56.123456789'::time_ns",
     "'12:34:56+02:30'::timetz",
@@ -160,3 +162,19 @@ def test_a_query_with_exotic_types_keeps_its_order_and_names(wire: Wire) -> None
     )
     assert [row["t_1"] for row in rows] == [2, 1, 0]
     assert rows[0] == {"t": "12:00:00+01", "t_1": 2, "s": {"x": "01:00:00+02", "y": [2]}}
+
+
+def test_arrow_settings_of_one_client_do_not_change_the_json_of_others(server: LocalServer) -> None:
+    sql = "select 'x' as s, ['a', null] as l, 'ab'::blob as b, [[1], []] as n"
+    with server.connect() as other, server.connect() as wire:
+        expected = wire.rows(sql)
+        for setting in (
+            "arrow_large_buffer_size",
+            "arrow_output_list_view",
+            "produce_arrow_string_view",
+        ):
+            other.exec(f"set {setting} = true")
+            assert wire.rows(sql) == expected
+            other.exec(f"reset {setting}")
+        other.exec("set arrow_lossless_conversion = true")
+        assert wire.arrow("set threads = 2")["type"] == "ok"

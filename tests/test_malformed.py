@@ -149,8 +149,17 @@ def test_sql_that_nests_too_deeply_meets_no_parser(wire: Wire, bracket: str) -> 
     depth = 100_000
     reply = wire.arrow("select " + bracket[0] * depth + "1" + bracket[1] * depth)
     assert reply["code"] == "bad_request"
-    assert "nests brackets deeper than 1000" in reply["error"]
+    assert "nests brackets deeper than 250" in reply["error"]
     assert_lives(wire)
+
+
+def test_endless_chains_of_operators_meet_no_parser(wire: Wire) -> None:
+    """One of these held the interpreter lock, and so the whole server, for a minute."""
+    reply = wire.arrow("select true" + " and true" * 300_000)
+    assert reply["code"] == "bad_request"
+    assert "more than 20000 AND and OR" in reply["error"]
+    text = "this and that or " * 30_000
+    assert wire.table(f"select length('{text}') as n")["n"][0].as_py() == len(text)
 
 
 def test_many_brackets_side_by_side_are_fine(wire: Wire) -> None:

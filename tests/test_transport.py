@@ -212,6 +212,35 @@ def test_closing_comes_after_what_was_sent(recorder: Any) -> None:
         assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4321, "bye")
 
 
+def test_a_flood_of_pings_is_cut_off(recorder: Any) -> None:
+    """Its pongs, which nobody reads, would fill the memory."""
+    ping = b"\x89\xfd\x00\x00\x00\x00" + b"p" * 125
+    with raw_websocket(recorder.port) as raw:
+        try:
+            for _ in range(4000):
+                raw.sendall(ping * 100)
+        except OSError:
+            pass
+        assert recorder.closed_event.wait(DEADLINE)
+
+
+def test_what_was_sent_arrives_before_the_end_of_a_stop(recorder: Any) -> None:
+    with Wire(recorder.url) as wire:
+        connection = open_connection(recorder, wire)
+        payload = b"x" * (4 << 20)
+        recorder.transport.post(lambda: connection.send(payload, is_text=False))
+        stopper = threading.Thread(
+            target=recorder.transport.stop, args=(time.monotonic() + DEADLINE,)
+        )
+        stopper.start()
+        assert wire.socket.recv(timeout=DEADLINE) == payload
+        with pytest.raises(ConnectionClosed) as closed:
+            wire.socket.recv(timeout=DEADLINE)
+        stopper.join()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1001
+
+
 def test_pings_keep_a_silent_client_and_find_a_dead_one(recorder: Any) -> None:
     """Two pings mean that it outlived its idle timeout, as any will with a longer one."""
     ping, pong = b"\x89\x00", b"\x8a\x80\x00\x00\x00\x00"

@@ -75,10 +75,10 @@ class Result:
 
         DuckDB reports statements without a result as an empty column ``Success`` or ``Count``.
         """
-        if self._statements.returns_rows or len(self.reader.schema) != 1:
+        if self._statements.returns_rows or len(self._description) != 1:
             return False
-        field = self.reader.schema.field(0)
-        return (field.name, field.type) in (("Success", pa.bool_()), ("Count", pa.int64()))
+        name, type_ = self._description[0][:2]
+        return (name, str(type_)) in (("Success", "BOOLEAN"), ("Count", "BIGINT"))
 
 
 class Cursor:
@@ -90,6 +90,7 @@ class Cursor:
         self.has_written = False
         self._engine = engine
         self._interrupted = False
+        self._result: Result | None = None
         self._closed = False
         self._lock = threading.Lock()
 
@@ -104,6 +105,9 @@ class Cursor:
         """Roll an open transaction back and free what the cursor holds."""
         with self._lock:
             self._closed = True
+        if self._result is not None:
+            # A reader that somebody still refers to would keep the transaction open.
+            self._result.reader.close()
         self.native.close()
 
     def check(self) -> None:
@@ -121,9 +125,11 @@ class Cursor:
         statements = self._engine.classifier.classify(self.native, sql)
         if statements.kinds == ():
             return None
-        if not statements.may_retry:
-            return self._open(sql, statements, for_json)
-        return self._engine.retrying(self, self._open, sql, statements, for_json)
+        if statements.may_retry:
+            self._result = self._engine.retrying(self, self._open, sql, statements, for_json)
+        else:
+            self._result = self._open(sql, statements, for_json)
+        return self._result
 
     def _open(self, sql: str, statements: Statements, for_json: bool) -> Result | None:
         if statements.end_in_change:

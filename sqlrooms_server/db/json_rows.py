@@ -21,6 +21,7 @@ _NULL = pa.scalar("null")
 
 _MS_PER_DAY = 86_400_000
 _PER_MS = {"us": 1_000, "ns": 1_000_000}
+_DAY = {unit: _MS_PER_DAY * factor for unit, factor in _PER_MS.items()}
 
 # DuckDB's infinite dates and timestamps are the ends of their integers.
 _INFINITE_DAYS = pa.array([2**31 - 1, -(2**31) + 1], pa.int32())
@@ -55,6 +56,9 @@ def encode_array(array: pa.Array, type_: Any) -> pa.Array:
     """
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
+    plain = _plain_type(array.type)
+    if plain is not None:
+        array = array.cast(plain)
     special = _BY_DUCKDB_TYPE.get(type_.id)
     if special is not None:
         return special(array)
@@ -62,6 +66,17 @@ def encode_array(array: pa.Array, type_: Any) -> pa.Array:
         if matches(array.type):
             return encoder(array, type_)
     return _texts(array, lambda value: _quoted(str(value)))
+
+
+def _plain_type(type_: Any) -> Any:
+    """The usual form of a type that DuckDB's arrow settings, which any client can SET, replace."""
+    if pa.types.is_large_string(type_) or pa.types.is_string_view(type_):
+        return pa.string()
+    if pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_):
+        return pa.binary()
+    if pa.types.is_large_list(type_) or pa.types.is_list_view(type_):
+        return pa.list_(type_.value_type)
+    return None
 
 
 def _texts(array: pa.Array, text: Callable[[Any], str]) -> pa.Array:
@@ -144,7 +159,9 @@ def _timestamp(array: pa.Array, _: Any) -> pa.Array:
 
 def _time(array: pa.Array, _: Any) -> pa.Array:
     text = pc.replace_substring_regex(pc.cast(array, pa.string()), r"\.?0+$", "")
-    return _wrapped('"', text, '"')
+    # The last moment of a day is a TIME for DuckDB, but out of range for Arrow.
+    is_midnight = pc.equal(array.view(pa.int64()), _DAY[array.type.unit])
+    return _wrapped('"', pc.if_else(is_midnight, "24:00:00", text), '"')
 
 
 def _interval(value: Any) -> str:
@@ -250,7 +267,6 @@ _BY_DUCKDB_TYPE: dict[str, Callable[[pa.Array], pa.Array]] = {
 _BY_ARROW_TYPE: tuple[tuple[Callable[[Any], bool], Callable[[pa.Array, Any], pa.Array]], ...] = (
     (pa.types.is_integer, _number),
     (pa.types.is_string, _string),
-    (pa.types.is_large_string, _string),
     (pa.types.is_floating, _floating),
     (pa.types.is_boolean, _boolean),
     (pa.types.is_decimal, _number),
@@ -259,7 +275,6 @@ _BY_ARROW_TYPE: tuple[tuple[Callable[[Any], bool], Callable[[pa.Array, Any], pa.
     (pa.types.is_time, _time),
     (pa.types.is_interval, lambda array, _: _texts(array, _interval)),
     (pa.types.is_binary, _binary),
-    (pa.types.is_large_binary, _binary),
     (pa.types.is_dictionary, _dictionary),
     # A map is a list to Arrow, so it comes first.
     (pa.types.is_map, _map),

@@ -8,9 +8,13 @@ import duckdb
 
 from sqlrooms_server.errors import BadRequest
 
-# DuckDB's own expression depth limit. Its parsers, and the one of 2.x above all, spend seconds
-# and gigabytes on deeper text before they refuse it.
-MAX_NESTING = 1000
+# DuckDB's parsers, and the one of 2.x above all, spend seconds and gigabytes on deep texts before
+# they refuse them, and 1.5 takes 13 s to give 900 nested lists an Arrow type.
+MAX_NESTING = 250
+
+# The parser of 1.5 takes quadratic time for a chain of these, all of it holding the interpreter
+# lock: a quarter of a second for this many, a minute for 300,000.
+MAX_LOGICAL_OPERATORS = 20_000
 
 # extract_statements holds the interpreter lock: 18 ms (1.5) to 184 ms (2.x) for 20,000 columns.
 # A longer text is judged by its first word.
@@ -66,7 +70,7 @@ class Classifier:
         self._memo: dict[str, Statements] = {}
 
     def classify(self, cursor: duckdb.DuckDBPyConnection, sql: str) -> Statements:
-        """The statements of ``sql``. Raises ``BadRequest`` for nesting no parser should meet.
+        """The statements of ``sql``. Raises ``BadRequest`` for a text no parser should meet.
 
         A syntax error is not reported here: the text then runs into it.
         """
@@ -76,6 +80,11 @@ class Classifier:
         openings = sql.count("(") + sql.count("[") + sql.count("{")
         if openings > MAX_NESTING and nesting(sql) > MAX_NESTING:
             raise BadRequest(f"sql nests brackets deeper than {MAX_NESTING} levels.")
+        # The shortest operator with the shortest operand takes four characters: "a or".
+        if len(sql) > 4 * MAX_LOGICAL_OPERATORS and logical_operators(sql) > MAX_LOGICAL_OPERATORS:
+            raise BadRequest(
+                f"sql has more than {MAX_LOGICAL_OPERATORS} AND and OR; use IN or a join."
+            )
         statements = Statements(_kinds(cursor, sql))
         if len(sql) <= _MEMO_TEXT_LENGTH:
             if len(self._memo) >= _MEMO_ENTRIES:
@@ -128,6 +137,17 @@ def nesting(sql: str) -> int:
         elif token in (")", "]", "}"):
             depth -= 1
     return deepest
+
+
+_OPERATOR = re.compile(r"\b(?:and|or)\b", re.IGNORECASE)
+
+
+def logical_operators(sql: str) -> int:
+    """How many AND and OR stand outside of literals and comments."""
+    if len(_OPERATOR.findall(sql)) <= MAX_LOGICAL_OPERATORS:
+        return 0
+    code = _BRACKET_OR_LITERAL.sub(" ", sql)
+    return len(_OPERATOR.findall(code))
 
 
 def without_end(sql: str) -> str:

@@ -170,7 +170,10 @@ class Connection:
                 self._queue.popleft()
                 self._queued -= size
                 source.sent()
-        if self._close_when_sent is not None and self._ws is not None:
+        if self._close_when_sent is None or self._ws is None:
+            return
+        # What uWebSockets still holds would be lost; the drain callback comes back here.
+        if native.ws_buffered(native.PLAIN, self._ws) == 0:
             code, reason = self._close_when_sent
             native.ws_end(native.PLAIN, self._ws, code, reason, len(reason))
 

@@ -20,6 +20,9 @@ from sqlrooms_server.transport.http import Exchange, HttpRequest, read_request
 
 log = logging.getLogger(__name__)
 
+# Bytes in the buffer of uWebSockets at which it drops what is sent and the connection with it.
+_MAX_NATIVE_BYTES = 8 << 20
+
 ffi, lib, PLAIN = native.ffi, native.lib, native.PLAIN
 
 
@@ -187,9 +190,9 @@ class Transport:
         # up to it the client gets an error that names the limit.
         behavior.maxPayloadLength = 2 * self._limits.max_message_size
         behavior.idleTimeout = self._limits.idle_timeout
-        # Over a limit uWebSockets drops messages; Connection keeps its own.
-        behavior.maxBackpressure = 0
-        behavior.closeOnBackpressureLimit = False
+        # Connection stays far below it. The pongs that answer a flood of pings do not.
+        behavior.maxBackpressure = _MAX_NATIVE_BYTES
+        behavior.closeOnBackpressureLimit = True
         behavior.resetIdleTimeoutOnSend = False
         behavior.sendPingsAutomatically = True
         behavior.maxLifetime = 0
