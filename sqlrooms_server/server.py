@@ -125,7 +125,10 @@ class Server:
 
     def _join_features(self) -> None:
         self._requests = Requests(
-            self._scheduler, self._transport.post, self.settings.max_in_flight
+            self._scheduler,
+            self._transport.post,
+            max_in_flight=self.settings.max_in_flight,
+            max_held=2 * self.settings.max_message_size,
         )
         self._health.start(self._engine)
         self._features = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 from sqlrooms_server.errors import BadRequest
 from sqlrooms_server.protocol import parse_table_name
 from tests.conftest import LocalServer
+from tests.test_queries import ENDLESS
 from tests.wire import Wire, framed, ipc
 
 
@@ -187,3 +189,15 @@ def test_an_upload_can_be_cancelled(wire: Wire) -> None:
     else:
         assert replies["error"]["code"] == "cancelled"
         assert exists == ("changes stand" in replies["error"]["error"])
+
+
+def test_uploads_that_wait_are_bounded_in_bytes(launch: Callable[..., LocalServer]) -> None:
+    with launch(workers=1, max_message_size=1 << 20).connect() as wire:
+        wire.send(type="exec", sql=ENDLESS, queryId="runs")
+        body = ipc(pa.table({"a": [b"x" * 900_000]}))
+        for number in range(3):
+            header = {"type": "uploadArrow", "tableName": "t", "queryId": number}
+            wire.send_raw(framed(header, body))
+        refused = wire.receive()
+        assert (refused["queryId"], refused["code"]) == (2, "busy")
+        assert "--max-message-size" in refused["error"]

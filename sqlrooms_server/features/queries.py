@@ -36,6 +36,7 @@ class Queries:
             peer,
             query.query_id,
             lambda request: self._work(request, query),
+            size=len(query.sql),
             broken_end=BROKEN_ARROW if query.kind == "arrow" else b"",
         )
 

@@ -144,6 +144,7 @@ class Requests:
         self.post = post
         self._scheduler = scheduler
         self._max_in_flight = max_in_flight
+        self._max_held = max_held
         self._of_peer: dict[Peer, dict[QueryId, Request]] = {}
 
     @property
@@ -160,11 +161,12 @@ class Requests:
         query_id: QueryId,
         work: Callable[[Request], Work],
         *,
+        size: int,
         broken_end: bytes = b"",
     ) -> None:
         """Queue ``work`` as a request of ``peer``, or answer it with why not.
 
-        ``broken_end`` is what makes a half-sent reply invalid, see :meth:`Outbox.fail`.
+        ``size`` is what the request holds in memory, in bytes. ``broken_end`` is what makes a half-sent reply invalid, see :meth:`Outbox.fail`.
         """
         requests = self._of_peer.setdefault(peer, {})
         if query_id in requests:
@@ -181,7 +183,17 @@ class Requests:
                 )
             )
             return
-        request = Request(self, peer, query_id, broken_end)
+        held = sum(request.size for request in requests.values())
+        if requests and held + size > self._max_held:
+            peer.send_error(
+                Busy(
+                    f"The unanswered requests of this connection hold {held} bytes; with this one "
+                    f"they would pass {self._max_held}, twice --max-message-size.",
+                    query_id,
+                )
+            )
+            return
+        request = Request(self, peer, query_id, size, broken_end)
         requests[query_id] = request
         try:
             request.job = self._scheduler.submit(

@@ -32,7 +32,12 @@ class Uploads:
         pass
 
     def _submit(self, peer: Peer, upload: Upload) -> None:
-        self._requests.submit(peer, upload.query_id, lambda request: self._work(request, upload))
+        self._requests.submit(
+            peer,
+            upload.query_id,
+            lambda request: self._work(request, upload),
+            size=len(upload.body),
+        )
 
     def _work(self, request: Request, upload: Upload) -> Work:
         with self._engine.cursor() as cursor:
