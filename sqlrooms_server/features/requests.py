@@ -35,9 +35,10 @@ class Request:
     """
 
     def __init__(
-        self, requests: Requests, peer: Peer, query_id: QueryId, broken_end: bytes
+        self, requests: Requests, peer: Peer, query_id: QueryId, size: int, broken_end: bytes
     ) -> None:
         self.peer = peer
+        self.size = size
         self.query_id = query_id
         self.cursor: Cursor | None = None
         self.is_text = True
@@ -140,7 +141,14 @@ class Request:
 class Requests:
     """The requests of all connections. A feature: it answers ``cancel``."""
 
-    def __init__(self, scheduler: Scheduler, post: Callable[..., None], max_in_flight: int) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        post: Callable[..., None],
+        *,
+        max_in_flight: int,
+        max_held: int,
+    ) -> None:
         self.post = post
         self._scheduler = scheduler
         self._max_in_flight = max_in_flight
@@ -166,7 +174,8 @@ class Requests:
     ) -> None:
         """Queue ``work`` as a request of ``peer``, or answer it with why not.
 
-        ``size`` is what the request holds in memory, in bytes. ``broken_end`` is what makes a half-sent reply invalid, see :meth:`Outbox.fail`.
+        ``size`` is what the request holds in memory, in bytes. ``broken_end`` is what makes a
+        half-sent reply invalid, see :meth:`Outbox.fail`.
         """
         requests = self._of_peer.setdefault(peer, {})
         if query_id in requests:
