@@ -66,10 +66,6 @@ class Request:
         self._reply = message
 
     @property
-    def is_streaming(self) -> bool:
-        return self._outbox is not None
-
-    @property
     def _has_written(self) -> bool:
         return self.cursor is not None and self.cursor.has_written
 

@@ -342,6 +342,7 @@ class Transport:
         except Exception:  # loop-callback guard
             log.exception("An HTTP request failed.")
             exchange.respond(500, b"internal error")
+        # Most are answered at once; those that wait are few.
         self._exchanges = {n: e for n, e in self._exchanges.items() if e.is_open}
 
     def _on_abort(self, res: Any, user_data: Any) -> None:
