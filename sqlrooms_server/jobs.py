@@ -204,8 +204,8 @@ class Scheduler:
                     job = None
                     pause = _SHORT
                 else:
-                    job = self._take()
                     self._began[wake] = time.monotonic()
+                    job = self._take()
                     if self._standby is wake:
                         self._standby = None
                     if self._has_work():
