@@ -35,7 +35,7 @@ INTERRUPT_INTERVAL = 0.02
 TURN = 0.05
 
 # A job that takes longer does not count against the cores any more.
-_SHORT = 0.005
+_SHORT = 0.02
 
 # Of one connection at one time. Results leave a connection one after the other, so more would
 # only hold more memory: each open result keeps DuckDB's streaming buffer and ready chunks.
