@@ -6,9 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Pull
-
-Chunk = bytes | memoryview
+from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Chunk, Pull
 
 # Above it the job parks; below the low mark it goes on. A fast reader takes this much in a
 # millisecond, so that more would only be memory.

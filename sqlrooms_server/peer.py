@@ -25,10 +25,6 @@ class Peer:
         self._connection = connection
 
     @property
-    def is_open(self) -> bool:
-        return self._connection is not None and self._connection.is_open
-
-    @property
     def remote_address(self) -> str:
         return "" if self._connection is None else self._connection.remote_address
 

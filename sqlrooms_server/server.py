@@ -98,6 +98,7 @@ class Server:
             undo.callback(lambda: self._engine.close(time.monotonic() + _DATABASE_CLOSED_BY))
             create_meta_tables(self._engine, settings.meta_namespace, settings.meta_db)
             self._scheduler = Scheduler(settings.worker_count, settings.max_queue)
+            undo.callback(lambda: self._scheduler.close(time.monotonic() + _QUERIES_STOPPED_BY))
             self._join_features()
             undo.pop_all()
         self._has_started = True

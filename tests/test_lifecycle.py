@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import http.client
 import json
-import os
 import platform
 import re
 import signal
@@ -27,6 +25,7 @@ from sqlrooms_server.errors import StartupError
 from sqlrooms_server.server import Server
 from sqlrooms_server.settings import Settings
 from tests.conftest import LocalServer, ServerProcess
+from tests.leaks import assert_leaks_nothing
 from tests.test_large_results import abort
 from tests.test_queries import ENDLESS
 from tests.wire import DEADLINE, Arrow, Wire
@@ -270,22 +269,8 @@ def test_a_hundred_servers_leave_no_threads_or_files() -> None:
             assert wire.table("select 1 as a").num_rows == 1
         assert local.server.stop()
 
-    names = ("uws", "worker", "interrupter", "checkpoint", "readyz", "ping")
-
-    def held() -> tuple[int, int]:
-        # Sockets that earlier tests left to the collector must not go in between.
-        gc.collect()
-        threads = [t.name for t in threading.enumerate() if t.name.startswith(names)]
-        return len(os.listdir("/proc/self/fd")), len(threads)
-
-    cycle()
-    files, threads = held()
-    for _ in range(100):
-        cycle()
-    files_after, threads_after = held()
-    # A client of an earlier test may still close; a leak would be a hundred and more.
-    assert files_after < files + 20
-    assert threads_after <= threads
+    threads = ("uws", "worker", "interrupter", "checkpoint", "readyz", "ping")
+    assert_leaks_nothing(cycle, threads)
 
 
 def test_a_failed_start_leaves_nothing_open(

@@ -16,6 +16,15 @@ def assert_lives(wire: Wire) -> None:
     assert wire.table("select 1 as a").to_pydict() == {"a": [1]}
 
 
+def assert_bad_request(wire: Wire, message: str | bytes, expected: str) -> None:
+    wire.send_raw(message)
+    reply = wire.receive()
+    assert reply["type"] == "error"
+    assert reply["code"] == "bad_request"
+    assert expected in reply["error"]
+    assert_lives(wire)
+
+
 TEXTS = [
     ("", "not JSON"),
     ("select 1", "not JSON"),
@@ -45,12 +54,7 @@ TEXTS = [
 
 @pytest.mark.parametrize(("text", "expected"), TEXTS, ids=[text[:40] for text, _ in TEXTS])
 def test_text(wire: Wire, text: str, expected: str) -> None:
-    wire.send_raw(text)
-    reply = wire.receive()
-    assert reply["type"] == "error"
-    assert reply["code"] == "bad_request"
-    assert expected in reply["error"]
-    assert_lives(wire)
+    assert_bad_request(wire, text, expected)
 
 
 @pytest.mark.parametrize(
@@ -99,12 +103,7 @@ BINARIES = [
 
 @pytest.mark.parametrize(("data", "expected"), BINARIES, ids=[expected for _, expected in BINARIES])
 def test_binary(wire: Wire, data: bytes, expected: str) -> None:
-    wire.send_raw(data)
-    reply = wire.receive()
-    assert reply["type"] == "error"
-    assert reply["code"] == "bad_request"
-    assert expected in reply["error"]
-    assert_lives(wire)
+    assert_bad_request(wire, data, expected)
 
 
 def test_a_long_sql_text_is_too_large(wire: Wire) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import http.client
 import os
 import socket
@@ -28,6 +27,7 @@ from sqlrooms_server.transport import (
     TransportLimits,
 )
 from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Chunk, Pull
+from tests.leaks import assert_leaks_nothing
 from tests.test_large_results import abort
 from tests.wire import DEADLINE, Wire
 
@@ -372,20 +372,7 @@ def test_a_hundred_starts_and_stops_leak_nothing() -> None:
             assert wire.socket.recv(timeout=DEADLINE) == "x"
             made.transport.stop(time.monotonic() + 2)
 
-    def held() -> tuple[int, int]:
-        # Sockets that earlier tests left to the collector must not go in between.
-        gc.collect()
-        loops = [thread for thread in threading.enumerate() if thread.name == "uws"]
-        return len(os.listdir("/proc/self/fd")), len(loops)
-
-    cycle()
-    files, loops = held()
-    for _ in range(100):
-        cycle()
-    files_after, loops_after = held()
-    # A client of an earlier test may still close; a leak would be a hundred and more.
-    assert files_after < files + 20
-    assert loops_after <= loops
+    assert_leaks_nothing(cycle, ("uws",))
 
 
 def test_posts_that_race_with_the_stop_do_no_harm() -> None:

@@ -17,9 +17,10 @@ from sqlrooms_server.errors import (
 )
 from sqlrooms_server.features import MessageHandler, Route
 from sqlrooms_server.jobs import Job, Scheduler, Work
-from sqlrooms_server.outbox import Chunk, Outbox
+from sqlrooms_server.outbox import Outbox
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.protocol import Cancel, encode
+from sqlrooms_server.transport.connection import Chunk
 
 log = logging.getLogger(__name__)
 
