@@ -39,6 +39,33 @@ def test_the_last_of_several_statements_counts(wire: Wire) -> None:
     assert table.to_pydict() == {"i": [1, 2]}
 
 
+@pytest.mark.parametrize(
+    "definitions",
+    [
+        ["1 as a", "1 as a, 2 as b", "'x' as b"],
+        # The same names and storage: only the metadata of the field tells JSON from text.
+        ["'{}'::varchar as a", "'{}'::json as a", "'{}'::varchar as a"],
+        ["'x'::varchar as a", "'x'::enum('x', 'y') as a", "1 as a"],
+        ["1 as a", ", ".join(f"{n} as c{n}" for n in range(300)), "1 as a"],
+    ],
+)
+def test_a_text_asked_again_follows_its_tables(wire: Wire, definitions: list[str]) -> None:
+    for definition in definitions:
+        wire.exec(f"create or replace table t as select {definition} from range(5000)")
+        asked = wire.arrow("from t").table()
+        differently_written = wire.arrow(f"from t limit 5000 -- {definition}").table()
+        assert asked.schema.equals(differently_written.schema, check_metadata=True)
+        assert asked.to_pylist() == differently_written.to_pylist()
+
+
+def test_two_dot_x_is_served_without_its_private_calls(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sqlrooms_server.db.engine._SUBMIT", None)
+    assert wire.table("select 1 as a").to_pydict() == {"a": [1]}
+    assert "no_such" in wire.arrow("from no_such")["error"]
+
+
 def test_attached_database_is_there_for_the_next_message(wire: Wire) -> None:
     assert wire.arrow("attach ':memory:' as other")["type"] == "ok"
     assert wire.arrow("create table other.t as select 7 as i").table().to_pydict() == {"Count": [1]}

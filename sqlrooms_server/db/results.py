@@ -34,13 +34,13 @@ def arrow_chunks(result: Result, first: pa.RecordBatch | None, prefix: bytes) ->
 
     A result without rows holds one empty batch: some clients drop the schema otherwise.
     """
-    schema = result.reader.schema
+    schema = _SchemaMessage.of(result)
     if first is None:
-        empty = [pa.array([], field.type) for field in schema]
-        first = pa.RecordBatch.from_arrays(empty, schema=schema)
-    if any(_has_dictionary(type_) for type_ in schema.types):
+        empty = [pa.array([], field.type) for field in schema.schema]
+        first = pa.RecordBatch.from_arrays(empty, schema=schema.schema)
+    if schema.has_dictionary:
         return _coalesced(prefix, _dictionary_pieces(result.reader, first))
-    return _coalesced(prefix, _plain_pieces(result.reader, first))
+    return _coalesced(prefix, _plain_pieces(result.reader, first, schema.message))
 
 
 def json_chunks(
@@ -50,8 +50,30 @@ def json_chunks(
     return _coalesced(prefix, _json_pieces(result, first, suffix))
 
 
-def _plain_pieces(reader: pa.RecordBatchReader, first: pa.RecordBatch) -> Iterator[Chunk]:
-    yield memoryview(reader.schema.serialize())
+class _SchemaMessage:
+    """The IPC message that begins a stream. Making it costs as much as a small batch does."""
+
+    __slots__ = ("has_dictionary", "message", "schema")
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema = schema
+        self.message = schema.serialize().to_pybytes()
+        self.has_dictionary = any(_has_dictionary(type_) for type_ in schema.types)
+
+    @classmethod
+    def of(cls, result: Result) -> _SchemaMessage:
+        """That of ``result``: the one of the last run of the same text when it still holds."""
+        schema = result.reader.schema
+        known = result.statements.schema_message
+        if not isinstance(known, cls) or not known.schema.equals(schema, check_metadata=True):
+            known = result.statements.schema_message = cls(schema)
+        return known
+
+
+def _plain_pieces(
+    reader: pa.RecordBatchReader, first: pa.RecordBatch, schema_message: bytes
+) -> Iterator[Chunk]:
+    yield schema_message
     yield memoryview(first.serialize())
     for batch in reader:
         yield memoryview(batch.serialize())

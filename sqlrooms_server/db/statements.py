@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import duckdb
 
@@ -44,13 +45,26 @@ class Statements:
 
     ``kinds`` are the kinds of its statements, in order, as DuckDB names them (``"SELECT"``):
     empty when it holds none, None when DuckDB could not say.
+
+    ``width`` and ``schema_message`` are guesses from the last run of the same text, None before
+    it: the number of columns it returned, and what :mod:`sqlrooms_server.db.results` made of them.
     """
 
-    __slots__ = ("end_in_change", "is_one_select", "kinds", "may_retry", "returns_rows")
+    __slots__ = (
+        "end_in_change",
+        "is_one_select",
+        "kinds",
+        "may_retry",
+        "returns_rows",
+        "schema_message",
+        "width",
+    )
 
     def __init__(self, kinds: tuple[str, ...] | None) -> None:
         last = kinds[-1] if kinds else ""
         self.kinds = kinds
+        self.width: int | None = None
+        self.schema_message: Any = None
         # A single statement that returns rows and names no write target.
         self.is_one_select = kinds == ("SELECT",)
         # Each statement commits by itself, so that a second run of several would apply the
