@@ -52,6 +52,18 @@ class Cancelled(ServerError):
     code = "cancelled"
 
 
+class Timeout(ServerError):
+    """A deadline passed; the text says which and how to raise it."""
+
+    code = "timeout"
+
+
+class Gone(ServerError):
+    """What the message speaks of has ended."""
+
+    code = "gone"
+
+
 class Busy(ServerError):
     """A queue or a per-connection limit is full; the text says which and how to raise it."""
 

@@ -22,9 +22,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator
 
 from sqlrooms_server.errors import Busy, ServerError, ShuttingDown
+from sqlrooms_server.timers import Timers
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ TURN = 0.05
 # A job that takes longer does not count against the cores any more.
 _SHORT = 0.02
 
-# Of one connection at one time. Results leave a connection one after the other, so more would
+# Jobs of one lane at one time. Results leave a connection one after the other, so more would
 # only hold more memory: each open result keeps DuckDB's streaming buffer and ready chunks.
 MAX_OPEN_PER_LANE = 8
 
@@ -62,19 +63,42 @@ class Pause(enum.Enum):
 Work = Generator[Pause, None, None]
 
 
+class Lane:
+    """Whoever must not be able to starve the others, that is a connection or a session.
+
+    Lanes take turns, and within one the oldest job goes first. At most ``max_open`` of its jobs
+    have begun and not ended; with one, they run strictly one after the other.
+    """
+
+    __slots__ = ("_has_turn", "_max_open", "_open", "_waiting")
+
+    def __init__(self, max_open: int = MAX_OPEN_PER_LANE) -> None:
+        self._max_open = max_open
+        self._open = 0
+        self._waiting: deque[Job] = deque()
+        self._has_turn = False
+
+
 class Job:
-    """One piece of work and its state. Made by :meth:`Scheduler.submit`."""
+    """One piece of work and its state. Made by :meth:`Scheduler.submit`.
+
+    ``submitted`` and ``began`` are times of ``time.monotonic``, ``worked`` the seconds that
+    workers have spent on it in turns that are over.
+    """
 
     def __init__(
         self,
         scheduler: Scheduler,
-        lane: Hashable,
+        lane: Lane,
         work: Work,
         interrupt: Callable[[], None],
         done: Callable[[BaseException | None], None],
     ) -> None:
         self.state = State.QUEUED
         self.stopped: ServerError | None = None
+        self.submitted = time.monotonic()
+        self.began: float | None = None
+        self.worked = 0.0
         self._scheduler = scheduler
         self._lane = lane
         self._work = work
@@ -89,6 +113,10 @@ class Job:
         """There is room again for what the work produces. From any thread."""
         self._scheduler._resume(self)
 
+    def position(self) -> int:
+        """About how many jobs come before this one while it is queued."""
+        return self._scheduler._position(self)
+
     def stop(self, reason: ServerError) -> bool:
         """Ask the job to give up with ``reason``; False when it is done already.
 
@@ -98,26 +126,20 @@ class Job:
 
 
 class Scheduler:
-    """A bounded queue, fair between lanes, before a fixed number of worker threads.
+    """A bounded queue, fair between lanes, before a fixed number of worker threads."""
 
-    A lane is whoever must not be able to starve the others, that is a connection: lanes take
-    turns, and within one the oldest job goes first.
-    """
-
-    def __init__(self, workers: int, max_queue: int) -> None:
+    def __init__(self, workers: int, max_queue: int, timers: Timers) -> None:
         self._max_queue = max_queue
+        self._timers = timers
         self._lock = threading.Lock()
         self._queued = 0
         self._jobs: set[Job] = set()
-        self._waiting: dict[Hashable, deque[Job]] = {}
-        self._open: dict[Hashable, int] = {}
-        self._turns: deque[Hashable] = deque()
+        self._turns: deque[Lane] = deque()
         self._ready: deque[Job] = deque()
         self._prefer_ready = False
         self._closed = False
         self._ended = False
         self._all_done = threading.Condition(self._lock)
-        self._interrupter = _Interrupter()
         # Locks on which idle workers sleep. The last one to fall asleep is woken first, because
         # its memory is still in the caches: a tenth of the time of a small query.
         self._asleep: list[threading.Lock] = []
@@ -136,34 +158,32 @@ class Scheduler:
 
     def submit(
         self,
-        lane: Hashable,
+        lane: Lane,
         work: Work,
         interrupt: Callable[[], None],
         done: Callable[[BaseException | None], None],
+        *,
+        even_if_full: bool = False,
     ) -> Job:
         """Queue ``work``, a generator that workers advance and that may pause.
 
         ``interrupt`` cuts short, from another thread, what the generator is doing. ``done`` is
-        called once, from any thread, with the error or None. Raises ``Busy`` or
-        ``ShuttingDown``, then ``done`` is not called.
+        called once, from any thread, with the error or None. Raises ``Busy``, not with
+        ``even_if_full``, or ``ShuttingDown``; then ``done`` is not called.
         """
         job = Job(self, lane, work, interrupt, done)
         with self._lock:
             if self._closed:
                 raise ShuttingDown("The server is shutting down.")
-            if self._queued >= self._max_queue:
+            if self._queued >= self._max_queue and not even_if_full:
                 raise Busy(
                     f"{self._queued} queries are waiting, which is the limit (--max-queue); "
                     "try again later."
                 )
             self._queued += 1
             self._jobs.add(job)
-            jobs = self._waiting.get(lane)
-            if jobs is None:
-                jobs = self._waiting[lane] = deque()
-                if self._open.get(lane, 0) < MAX_OPEN_PER_LANE:
-                    self._add_turn(lane)
-            jobs.append(job)
+            lane._waiting.append(job)
+            self._give_turn(lane)
         return job
 
     def close(self, deadline: float) -> bool:
@@ -186,7 +206,6 @@ class Scheduler:
                 self._asleep.pop().release()
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        self._interrupter.close()
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run_worker(self) -> None:
@@ -252,20 +271,21 @@ class Scheduler:
                 job.state = State.RUNNING
             return job
         lane = self._turns.popleft()
-        jobs = self._waiting[lane]
-        job = jobs.popleft()
+        lane._has_turn = False
+        job = lane._waiting.popleft()
+        lane._open += 1
         self._queued -= 1
-        self._open[lane] = self._open.get(lane, 0) + 1
-        if not jobs:
-            del self._waiting[lane]
-        elif self._open[lane] < MAX_OPEN_PER_LANE:
-            self._add_turn(lane)
+        self._give_turn(lane)
         job.state = State.RUNNING
+        job.began = time.monotonic()
         return job
 
-    def _add_turn(self, lane: Hashable) -> None:
-        self._turns.append(lane)
-        self._wake_one()
+    def _give_turn(self, lane: Lane) -> None:
+        """Let the next job of ``lane`` begin when its turn comes, if there is one that may."""
+        if lane._waiting and not lane._has_turn and lane._open < lane._max_open:
+            lane._has_turn = True
+            self._turns.append(lane)
+            self._wake_one()
 
     def _add_ready(self, job: Job) -> None:
         if not job._is_ready:
@@ -275,35 +295,41 @@ class Scheduler:
 
     def _advance(self, job: Job) -> None:
         """Run the work until it ends or pauses for good."""
-        turn_ends = time.monotonic() + TURN
+        began = time.monotonic()
+        outcome: BaseException | None = None
         try:
             while True:
                 if job.stopped is not None:
                     job._work.throw(job.stopped)
                 pause = next(job._work)
-                if job.stopped is None and self._may_park(job, pause, turn_ends):
+                if job.stopped is None and self._may_park(job, pause, began):
                     return
         except StopIteration:
-            self._finish(job, None)
+            pass
         except BaseException as error:  # worker-top guard: the error goes to the job's owner
             # Without the traceback, which would keep what the work held until a collection.
-            self._finish(job, job.stopped.with_traceback(None) if job.stopped else error)
+            outcome = job.stopped.with_traceback(None) if job.stopped else error
+        job.worked += time.monotonic() - began
+        self._finish(job, outcome)
 
-    def _may_park(self, job: Job, pause: Pause, turn_ends: float) -> bool:
+    def _may_park(self, job: Job, pause: Pause, began: float) -> bool:
+        """Park ``job``, whose turn began at ``began``, if there is a reason to."""
         with self._lock:
             if job.stopped is not None:
                 return False
+            now = time.monotonic()
             if pause is Pause.FULL:
                 if job._room:
                     job._room = False
                     return False
                 job.state = State.PARKED
-                return True
-            if (self._turns or self._ready) and time.monotonic() > turn_ends:
+            elif (self._turns or self._ready) and now > began + TURN:
                 job.state = State.PARKED
                 self._add_ready(job)
-                return True
-            return False
+            else:
+                return False
+            job.worked += now - began
+            return True
 
     def _resume(self, job: Job) -> None:
         with self._lock:
@@ -312,6 +338,20 @@ class Scheduler:
                 job._room = job.state is State.RUNNING
             else:
                 self._add_ready(job)
+
+    def _position(self, job: Job) -> int:
+        with self._lock:
+            if job.state is not State.QUEUED:
+                return 0
+            rounds = ahead = job._lane._waiting.index(job)
+            # Lanes before this one in the circle have one turn more before the job than it has.
+            turns = rounds + 1
+            for lane in self._turns:
+                if lane is job._lane:
+                    turns = rounds
+                else:
+                    ahead += min(len(lane._waiting), turns)
+            return ahead
 
     def _stop(self, job: Job, reason: ServerError) -> bool:
         with self._lock:
@@ -329,30 +369,32 @@ class Scheduler:
             job._work.close()
             self._call_done(job, reason)
         elif state is State.RUNNING:
-            self._interrupter.add(job)
+            self._interrupt(job)
         return True
+
+    def _interrupt(self, job: Job) -> None:
+        """Interrupt ``job`` again and again until it is done."""
+        if job.state is not State.DONE:
+            self._timers.after(INTERRUPT_INTERVAL, lambda: self._interrupt(job))
+            job._interrupt()
 
     def _forget_queued(self, job: Job) -> None:
         job.state = State.DONE
         self._queued -= 1
         self._jobs.discard(job)
-        jobs = self._waiting[job._lane]
-        jobs.remove(job)
-        if not jobs:
-            del self._waiting[job._lane]
-            if job._lane in self._turns:
-                self._turns.remove(job._lane)
+        lane = job._lane
+        lane._waiting.remove(job)
+        if not lane._waiting and lane._has_turn:
+            lane._has_turn = False
+            self._turns.remove(lane)
         self._all_done.notify_all()
 
     def _finish(self, job: Job, error: BaseException | None) -> None:
         lane = job._lane
         with self._lock:
             job.state = State.DONE
-            self._open[lane] -= 1
-            if self._open[lane] == MAX_OPEN_PER_LANE - 1 and lane in self._waiting:
-                self._add_turn(lane)
-            if not self._open[lane]:
-                del self._open[lane]
+            lane._open -= 1
+            self._give_turn(lane)
         self._call_done(job, error)
         with self._lock:
             self._jobs.discard(job)
@@ -365,48 +407,3 @@ class Scheduler:
             job._done(error)
         except Exception:  # worker-top guard: a defect in a callback must not end the worker
             log.exception("The callback of a job failed.")
-
-
-class _Interrupter:
-    """Repeats the interrupt of stopping jobs until they are done; its thread starts when needed."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._jobs: list[Job] = []
-        self._thread: threading.Thread | None = None
-        self._closed = False
-
-    def add(self, job: Job) -> None:
-        self._interrupt(job)
-        with self._changed:
-            self._jobs.append(job)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="interrupter", daemon=True)
-                self._thread.start()
-            self._changed.notify()
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._closed)
-                if self._closed:
-                    return
-                self._changed.wait_for(lambda: self._closed, INTERRUPT_INTERVAL)
-                self._jobs = [job for job in self._jobs if job.state is not State.DONE]
-                jobs = list(self._jobs)
-            for job in jobs:
-                self._interrupt(job)
-
-    @staticmethod
-    def _interrupt(job: Job) -> None:
-        try:
-            job._interrupt()
-        except Exception:  # worker-top guard: later cancels need this thread
-            log.exception("An interrupt failed.")

@@ -86,8 +86,8 @@ class Outbox:
         if wake:
             self._on_data()
 
-    def pull(self) -> tuple[Chunk, bool] | Pull:
-        """The next fragment and whether it is the last."""
+    def pull(self, limit: int = FRAGMENT_BYTES) -> tuple[Chunk, bool] | Pull:
+        """The next fragment, of at most ``limit`` bytes, and whether it is the last."""
         room = False
         with self._lock:
             if self._failed and not self._begun:
@@ -97,8 +97,8 @@ class Outbox:
                     self._starving = not self._finished
                     return (b"", True) if self._finished else Pull.NOT_READY
                 self._rest = memoryview(self._chunks.popleft())
-            fragment = self._rest[:FRAGMENT_BYTES]
-            rest = self._rest[FRAGMENT_BYTES:]
+            fragment = self._rest[:limit]
+            rest = self._rest[limit:]
             self._rest = rest if len(rest) else None
             self._begun = True
             self._size -= len(fragment)

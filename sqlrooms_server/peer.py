@@ -6,7 +6,7 @@ import secrets
 
 from sqlrooms_server.errors import ServerError
 from sqlrooms_server.protocol import encode_error
-from sqlrooms_server.transport import Connection, Source
+from sqlrooms_server.transport import Connection, FrameSource, Source
 
 
 class Peer:
@@ -46,6 +46,11 @@ class Peer:
         """Send the message that ``source`` produces."""
         if self._connection is not None:
             self._connection.stream(source, is_text=is_text)
+
+    def stream_frames(self, source: FrameSource) -> None:
+        """Send the messages that ``source`` has ready, between others. Again and again."""
+        if self._connection is not None:
+            self._connection.stream_frames(source)
 
     def pump(self) -> None:
         """A source has data again."""

@@ -7,6 +7,7 @@ sender learns which of its requests failed.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import uuid
 from collections.abc import Callable
@@ -28,7 +29,16 @@ MAX_HEADER_LENGTH = 64 << 10
 # A bare Loro update begins with this, which no framed header length can equal.
 _LORO_MAGIC = b"loro"
 
+MAX_SESSION_NAME_LENGTH = 64
+
+# Longer than any deadline somebody means, and safe to add to a clock.
+MAX_TIMEOUT_MS = 7 * 24 * 3600 * 1000
+
 QueryKind = Literal["arrow", "json", "exec"]
+Format = Literal["arrow", "json"]
+Compression = Literal["lz4", "zstd"]
+UploadMode = Literal["replace", "create", "append"]
+Params = list[Any] | dict[str, Any]
 TableName = tuple[str, ...]
 
 
@@ -46,11 +56,24 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """``{type: "arrow" | "json" | "exec", sql, queryId?}``."""
+    """``{type: "arrow" | "json" | "exec", sql, queryId?}`` and options.
+
+    ``formats`` are those the reply may have, the best first; none for ``exec``. ``timeout`` is
+    in seconds, ``window`` in bytes, None without a limit.
+    """
 
     kind: QueryKind
     sql: str
     query_id: QueryId
+    formats: tuple[Format, ...] = ()
+    params: Params | None = None
+    timeout: float | None = None
+    max_rows: int | None = None
+    progress: bool = False
+    compression: Compression | None = None
+    stream: bool = False
+    window: int | None = None
+    session: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +84,24 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Ack:
+    """``{type: "ack", queryId, bytes}``: the bytes of a chunked result consumed so far."""
+
+    query_id: QueryId
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSession:
+    """``{type: "closeSession", session}``."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
 class Upload:
-    """Binary, header ``{type: "uploadArrow", tableName, queryId?}``, body an Arrow IPC stream.
+    """Binary, header ``{type: "uploadArrow", tableName, queryId?, mode?}``, body an Arrow IPC
+    stream.
 
     ``table`` holds one to three parts: table, schema and table, or catalog, schema and table.
     """
@@ -70,9 +109,25 @@ class Upload:
     table: TableName
     query_id: QueryId
     body: memoryview
+    mode: UploadMode = "replace"
 
 
-Message = Auth | Hello | Query | Cancel | Upload
+@dataclass(frozen=True, slots=True)
+class UploadChunk:
+    """An ``uploadArrow`` whose header has ``seq`` and ``last``: a part of the stream.
+
+    ``table`` is None unless ``seq`` is 0.
+    """
+
+    table: TableName | None
+    query_id: QueryId
+    body: memoryview
+    mode: UploadMode
+    seq: int
+    last: bool
+
+
+Message = Auth | Hello | Query | Cancel | Ack | CloseSession | Upload | UploadChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +188,25 @@ def _decode_binary(data: bytes) -> Message:
         raise _bad(fields, 'The header of a binary message needs type "uploadArrow".')
     query_id = _query_id(fields)
     try:
-        table = parse_table_name(fields.get("tableName"))
+        return _upload(fields, query_id, memoryview(data)[4 + length :])
     except BadRequest as error:
         raise BadRequest(str(error), query_id) from error
-    return Upload(table, query_id, memoryview(data)[4 + length :])
+
+
+def _upload(fields: dict[str, Any], query_id: QueryId, body: memoryview) -> Upload | UploadChunk:
+    mode: UploadMode = _choice(fields, "mode", ("replace", "create", "append"), "replace")
+    if "seq" not in fields and "last" not in fields:
+        return Upload(parse_table_name(fields.get("tableName")), query_id, body, mode)
+    seq = _whole_number(fields, "seq", 0, 1 << 53)
+    last = _flag(fields, "last")
+    if seq is None:
+        raise BadRequest("A chunk of uploadArrow needs a field seq, a whole number from 0.")
+    if "queryId" not in fields:
+        raise BadRequest("A chunk of uploadArrow needs a field queryId.")
+    if not len(body) and not last:
+        raise BadRequest("A chunk of uploadArrow needs a body, unless it is the last.")
+    table = parse_table_name(fields.get("tableName")) if seq == 0 else None
+    return UploadChunk(table, query_id, body, mode, seq, last)
 
 
 def _auth(fields: dict[str, Any], limits: Limits) -> Auth:
@@ -157,13 +227,133 @@ def _query(fields: dict[str, Any], limits: Limits) -> Query:
     if not isinstance(sql, str):
         raise BadRequest(f"{kind} needs a field sql, a string.", query_id)
     _check_sql(sql, query_id, limits)
-    return Query(kind, sql, query_id)
+    formats: tuple[Format, ...] = () if kind == "exec" else (kind,)
+    if fields.keys().isdisjoint(_QUERY_OPTIONS):
+        return Query(kind, sql, query_id, formats)
+    try:
+        return _with_options(Query(kind, sql, query_id, formats), fields)
+    except BadRequest as error:
+        raise BadRequest(str(error), query_id) from error
+
+
+_QUERY_OPTIONS = frozenset(
+    (
+        "params",
+        "timeoutMs",
+        "maxRows",
+        "progress",
+        "format",
+        "compression",
+        "stream",
+        "window",
+        "session",
+    )
+)
+_OPTIONS_OF_RESULTS = frozenset(("maxRows", "format", "compression", "stream", "window"))
+
+
+def _with_options(query: Query, fields: dict[str, Any]) -> Query:
+    given = {name for name in _QUERY_OPTIONS if fields.get(name) is not None}
+    if query.kind == "exec" and not given.isdisjoint(_OPTIONS_OF_RESULTS):
+        field = min(given & _OPTIONS_OF_RESULTS)
+        raise BadRequest(f"{field} is for results, and exec has none; use arrow or json.")
+    params = fields.get("params")
+    if params is not None and not isinstance(params, list | dict):
+        raise BadRequest("params must be an array or an object.")
+    timeout = _whole_number(fields, "timeoutMs", 1, MAX_TIMEOUT_MS)
+    formats = _formats(fields["format"]) if "format" in given else query.formats
+    compression: Compression | None = _choice(fields, "compression", ("lz4", "zstd"), None)
+    stream = _flag(fields, "stream")
+    if (compression is not None or stream) and formats:
+        # Only an Arrow stream can be compressed or cut.
+        if "arrow" not in formats:
+            field = "stream" if stream else "compression"
+            raise BadRequest(f"{field} is for the format arrow, which was not asked for.")
+        formats = ("arrow",)
+    window = _whole_number(fields, "window", 1, 1 << 53)
+    if window is not None and not stream:
+        raise BadRequest("window is for chunked results; add stream: true.")
+    return dataclasses.replace(
+        query,
+        formats=formats,
+        params=params,
+        timeout=None if timeout is None else timeout / 1000,
+        max_rows=_whole_number(fields, "maxRows", 0, 1 << 53),
+        progress=_flag(fields, "progress"),
+        compression=compression,
+        stream=stream,
+        window=window,
+        session=_session_name(fields) if "session" in given else None,
+    )
+
+
+def _formats(value: object) -> tuple[Format, ...]:
+    """The known ones of ``value``, a name or a list of names."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadRequest('format must be "arrow", "json" or a list of them.')
+    formats: tuple[Format, ...] = tuple(name for name in names if name in ("arrow", "json"))
+    if not formats:
+        raise BadRequest(f"format {ujson.dumps(value)[:80]} is not known; use arrow or json.")
+    return formats
+
+
+def _session_name(fields: dict[str, Any]) -> str:
+    name = fields.get("session")
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_SESSION_NAME_LENGTH:
+        raise BadRequest(f"session must be a string of 1 to {MAX_SESSION_NAME_LENGTH} characters.")
+    return name
+
+
+def _flag(fields: dict[str, Any], name: str) -> bool:
+    value = fields.get(name)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise BadRequest(f"{name} must be true or false.")
+
+
+def _whole_number(fields: dict[str, Any], name: str, low: int, high: int) -> int | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+        return value
+    raise BadRequest(f"{name} must be a whole number from {low} to {high}.")
+
+
+def _choice(fields: dict[str, Any], name: str, choices: tuple[str, ...], default: Any) -> Any:
+    value = fields.get(name)
+    if value is None:
+        return default
+    if value not in choices:
+        known = ", ".join(f'"{choice}"' for choice in choices)
+        raise BadRequest(f"{name} must be one of {known}.")
+    return value
 
 
 def _cancel(fields: dict[str, Any], limits: Limits) -> Cancel:
     if "queryId" not in fields:
         raise BadRequest("cancel needs a field queryId.")
     return Cancel(_query_id(fields))
+
+
+def _ack(fields: dict[str, Any], limits: Limits) -> Ack:
+    if "queryId" not in fields:
+        raise BadRequest("ack needs a field queryId.")
+    query_id = _query_id(fields)
+    try:
+        size = _whole_number(fields, "bytes", 0, 1 << 62)
+    except BadRequest as error:
+        raise BadRequest(str(error), query_id) from error
+    if size is None:
+        raise BadRequest("ack needs a field bytes, the total consumed so far.", query_id)
+    return Ack(query_id, size)
+
+
+def _close_session(fields: dict[str, Any], limits: Limits) -> CloseSession:
+    return CloseSession(_session_name(fields))
 
 
 _TEXT_DECODERS: dict[str, Callable[[dict[str, Any], Limits], Message]] = {
@@ -173,6 +363,8 @@ _TEXT_DECODERS: dict[str, Callable[[dict[str, Any], Limits], Message]] = {
     "json": _query,
     "exec": _query,
     "cancel": _cancel,
+    "ack": _ack,
+    "closeSession": _close_session,
 }
 
 
@@ -302,13 +494,13 @@ def encode_ok(query_id: QueryId) -> bytes:
     return encode({"type": "ok", "queryId": query_id})
 
 
-def arrow_prefix(query_id: QueryId) -> bytes:
-    """What stands before the Arrow IPC stream of a result: header length and header.
+def arrow_prefix(query_id: QueryId, **more: Any) -> bytes:
+    """What stands before an Arrow body: header length and header, with the fields ``more``.
 
     The header is padded with spaces to a multiple of 8 bytes with its length, so that a client
     can read the columns in place.
     """
-    header = encode({"type": "arrow", "queryId": query_id})
+    header = encode({"type": "arrow", "queryId": query_id, **more})
     header += b" " * (-(4 + len(header)) % 8)
     return len(header).to_bytes(4, "big") + header
 
@@ -318,4 +510,6 @@ def json_prefix(query_id: QueryId) -> bytes:
     return encode({"type": "json", "queryId": query_id})[:-1] + b',"data":"'
 
 
-JSON_SUFFIX = b'"}'
+def json_suffix(**more: Any) -> bytes:
+    """What stands after the rows, with the fields ``more``."""
+    return b'"' + (b"," + encode(more)[1:] if more else b"}")

@@ -12,14 +12,17 @@ from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.store import create_meta_tables
 from sqlrooms_server.errors import ServerError, ShuttingDown, StartupError, Unauthorized
 from sqlrooms_server.features import Feature, MessageHandler, Route
+from sqlrooms_server.features.chunked import Acks
 from sqlrooms_server.features.health import Health
 from sqlrooms_server.features.queries import Queries
 from sqlrooms_server.features.requests import Requests
+from sqlrooms_server.features.sessions import Sessions
 from sqlrooms_server.features.uploads import Uploads
 from sqlrooms_server.jobs import Scheduler
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.protocol import Auth, Limits, Message, decode, encode
 from sqlrooms_server.settings import Settings
+from sqlrooms_server.timers import Timers
 from sqlrooms_server.transport import (
     Connection,
     Exchange,
@@ -93,11 +96,16 @@ class Server:
             port = self._transport.start(settings.host, settings.port)
             undo.callback(lambda: self._transport.stop(time.monotonic()))
             self._engine = Engine(
-                settings.db_path, read_only=settings.read_only, extensions=settings.extensions
+                settings.db_path,
+                read_only=settings.read_only,
+                extensions=settings.extensions,
+                limits=settings.duckdb_limits,
             )
             undo.callback(lambda: self._engine.close(time.monotonic() + _DATABASE_CLOSED_BY))
             create_meta_tables(self._engine, settings.meta_namespace, settings.meta_db)
-            self._scheduler = Scheduler(settings.worker_count, settings.max_queue)
+            self._timers = Timers()
+            undo.callback(self._timers.close)
+            self._scheduler = Scheduler(settings.worker_count, settings.max_queue, self._timers)
             undo.callback(lambda: self._scheduler.close(time.monotonic() + _QUERIES_STOPPED_BY))
             self._join_features()
             undo.pop_all()
@@ -119,23 +127,40 @@ class Server:
         self._health.drain()
         self._transport.stop_listening()
         ended = self._scheduler.close(began + _QUERIES_STOPPED_BY)
+        self._timers.close()
         reason = ShuttingDown("The server is shutting down.")
         self._transport.post(self._requests.abandon, reason)
         self._transport.stop(began + _REPLIES_SENT_BY)
+        if ended:
+            self._sessions.close_all()
         return self._engine.close(began + _DATABASE_CLOSED_BY) and ended
 
     def _join_features(self) -> None:
+        settings, post = self.settings, self._transport.post
         self._requests = Requests(
             self._scheduler,
-            self._transport.post,
-            max_in_flight=self.settings.max_in_flight,
-            max_held=2 * self.settings.max_message_size,
+            self._timers,
+            post,
+            max_in_flight=settings.max_in_flight,
+            max_held=2 * settings.max_message_size,
+        )
+        self._sessions = Sessions(
+            self._engine,
+            self._scheduler,
+            self._timers,
+            post,
+            idle_timeout=settings.session_idle_timeout,
+            max_per_connection=settings.max_sessions_per_connection,
+            max_sessions=settings.max_sessions,
         )
         self._health.start(self._engine)
+        # When a client leaves, its requests end before its sessions do.
         self._features = (
             self._health,
             self._requests,
-            Queries(self._engine, self._requests),
+            self._sessions,
+            Acks(self._requests),
+            Queries(self._engine, self._requests, self._sessions, settings),
             Uploads(self._engine, self._requests),
         )
         for feature in self._features:

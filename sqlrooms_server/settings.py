@@ -88,6 +88,29 @@ class Settings:
     )
     max_in_flight: int = _setting(256, "Unanswered requests of one connection.")
     max_queue: int = _setting(1000, "Queries of all connections that wait for a worker.")
+    query_timeout: int = _setting(
+        0, "Seconds that a query may wait and run; 0 means without limit."
+    )
+    max_result_rows: int = _setting(
+        0, "Rows that a result may have; 0 means without limit. Clients see when it was reached."
+    )
+    stream_idle_timeout: int = _setting(
+        60,
+        "Seconds after which a chunked result that its client does not acknowledge, or a chunked "
+        "upload that it does not go on with, is given up.",
+    )
+    session_idle_timeout: int = _setting(
+        600, "Seconds without a query after which a session ends and is rolled back."
+    )
+    max_sessions_per_connection: int = _setting(16, "Sessions of one connection.")
+    max_sessions: int = _setting(256, "Sessions of all connections.")
+    memory_limit: str = _setting(
+        "", "Memory that DuckDB may use, such as 4GB; without it, four fifths of the machine's."
+    )
+    threads: int = _setting(0, "Threads of DuckDB; 0 means one for each core.")
+    temp_directory: str = _setting(
+        "", "Directory where DuckDB puts what does not fit into memory; made when needed."
+    )
     max_queued_bytes: int = _setting(
         64 << 20,
         "Bytes of short replies that wait for a client which does not read; over it, "
@@ -112,6 +135,13 @@ class Settings:
             ("max_in_flight", 1, 1_000_000),
             ("max_queue", 1, 1_000_000),
             ("max_queued_bytes", 1 << 20, 1 << 40),
+            ("query_timeout", 0, 7 * 24 * 3600),
+            ("max_result_rows", 0, 1 << 53),
+            ("stream_idle_timeout", 1, 7 * 24 * 3600),
+            ("session_idle_timeout", 1, 7 * 24 * 3600),
+            ("max_sessions_per_connection", 1, 1_000_000),
+            ("max_sessions", 1, 1_000_000),
+            ("threads", 0, 1024),
             ("workers", 0, 1024),
             # uWebSockets ends the process for anything outside.
             ("idle_timeout", 8, 960),
@@ -135,6 +165,16 @@ class Settings:
     def worker_count(self) -> int:
         """Threads that run queries. More do not raise throughput, fewer let long queries block."""
         return self.workers or max(4, 2 * (os.cpu_count() or 1))
+
+    @property
+    def duckdb_limits(self) -> dict[str, str]:
+        """The settings of DuckDB itself that were given."""
+        limits = {
+            "memory_limit": self.memory_limit,
+            "threads": str(self.threads or ""),
+            "temp_directory": self.temp_directory,
+        }
+        return {name: value for name, value in limits.items() if value}
 
 
 def flag(name: str) -> str:

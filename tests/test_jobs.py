@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from sqlrooms_server.errors import Busy, Cancelled, ServerError, ShuttingDown
-from sqlrooms_server.jobs import MAX_OPEN_PER_LANE, Job, Pause, Scheduler, State, Work
+from sqlrooms_server.jobs import MAX_OPEN_PER_LANE, Job, Lane, Pause, Scheduler, State, Work
+from sqlrooms_server.timers import Timers
 from tests.wire import DEADLINE
+
+
+class NamedLanes(Scheduler):
+    """A scheduler whose lanes have names."""
+
+    def __init__(self, workers: int, max_queue: int) -> None:
+        self.timers = Timers()
+        super().__init__(workers, max_queue, self.timers)
+        self.lanes: defaultdict[object, Lane] = defaultdict(Lane)
+
+    def on(self, lane: object, work: Work, *callbacks: Any) -> Job:
+        return self.submit(self.lanes[lane], work, *callbacks)
+
+    def close(self, deadline: float) -> bool:
+        ended = super().close(deadline)
+        self.timers.close()
+        return ended
 
 
 class Recorded:
     """A job with switches: ``go`` lets it advance, ``ended`` tells that it is done."""
 
-    def __init__(self, scheduler: Scheduler, lane: str, pauses: tuple[Pause, ...] = ()) -> None:
+    def __init__(self, scheduler: NamedLanes, lane: str, pauses: tuple[Pause, ...] = ()) -> None:
         self.began = threading.Event()
         self.go = threading.Event()
         self.ended = threading.Event()
@@ -25,7 +44,7 @@ class Recorded:
         self.interrupts = 0
         self.closed = False
         self.pauses = pauses
-        self.job: Job = scheduler.submit(lane, self._work(), self._interrupt, self._done)
+        self.job: Job = scheduler.on(lane, self._work(), self._interrupt, self._done)
 
     def _work(self) -> Work:
         try:
@@ -50,11 +69,11 @@ class Recorded:
 
 
 @pytest.fixture
-def schedule() -> Iterator[Callable[..., Scheduler]]:
-    made: list[Scheduler] = []
+def schedule() -> Iterator[Callable[..., NamedLanes]]:
+    made: list[NamedLanes] = []
 
-    def make(workers: int = 1, max_queue: int = 100) -> Scheduler:
-        made.append(Scheduler(workers, max_queue))
+    def make(workers: int = 1, max_queue: int = 100) -> NamedLanes:
+        made.append(NamedLanes(workers, max_queue))
         return made[-1]
 
     yield make
@@ -90,7 +109,7 @@ def test_an_error_is_handed_over(schedule: Any) -> None:
         errors.append(error)
         ended.set()
 
-    schedule().submit("a", work(), lambda: None, done)
+    schedule().on("a", work(), lambda: None, done)
     assert ended.wait(DEADLINE)
     assert str(errors[0]) == "broken"
 
@@ -108,7 +127,7 @@ def test_lanes_take_turns(schedule: Any) -> None:
             return
             yield
 
-        scheduler.submit(lane, work(), lambda: None, lambda error: ended.release())
+        scheduler.on(lane, work(), lambda: None, lambda error: ended.release())
 
     for number in range(5):
         add("greedy", f"g{number}")
@@ -208,7 +227,7 @@ def test_an_endless_job_yields_to_others(schedule: Any) -> None:
         while not stop.is_set():
             yield Pause.TURN
 
-    scheduler.submit("a", endless(), lambda: None, lambda error: ended.set())
+    scheduler.on("a", endless(), lambda: None, lambda error: ended.set())
     for _ in range(3):
         assert Recorded(scheduler, "b").finish() is None
     stop.set()
@@ -235,7 +254,7 @@ def test_one_lane_holds_only_so_many_open_jobs(schedule: Any) -> None:
 
 
 def test_closing_stops_everything(schedule: Any) -> None:
-    scheduler = Scheduler(1, 10)
+    scheduler = NamedLanes(1, 10)
     running = Recorded(scheduler, "a", (Pause.TURN,))
     assert running.began.wait(DEADLINE)
     waiting = [Recorded(scheduler, "b") for _ in range(3)]
@@ -248,7 +267,7 @@ def test_closing_stops_everything(schedule: Any) -> None:
 
 
 def test_closing_leaves_behind_what_cannot_be_stopped() -> None:
-    scheduler = Scheduler(1, 10)
+    scheduler = NamedLanes(1, 10)
     stuck = Recorded(scheduler, "a", (Pause.TURN,))
     assert stuck.began.wait(DEADLINE)
     assert not scheduler.close(time.monotonic() + 0.2)
@@ -273,7 +292,7 @@ def test_thousands_of_jobs_stopped_at_random_all_end_once(schedule: Any) -> None
             mine.append(error)
             ended.release()
 
-        return scheduler.submit(lane, work(), lambda: None, done)  # type: ignore[no-any-return]
+        return scheduler.on(lane, work(), lambda: None, done)  # type: ignore[no-any-return]
 
     jobs = [add(number % 7) for number in range(2000)]
     for number, job in enumerate(jobs):
@@ -308,7 +327,7 @@ def test_a_stop_that_races_with_the_end_reports_it_once(schedule: Any) -> None:
             results.append(error)
             ended.set()
 
-        job = scheduler.submit("a", work(), lambda: None, done)
+        job = scheduler.on("a", work(), lambda: None, done)
         job.stop(Cancelled("race"))
         assert ended.wait(DEADLINE)
         wait_for_state(job, State.DONE)
@@ -325,4 +344,30 @@ def test_every_worker_takes_work_that_waits(schedule: Any) -> None:
     for job in jobs:
         assert job.began.wait(DEADLINE)
     for job in jobs:
+        assert job.finish() is None
+
+
+def test_a_lane_for_one_runs_its_jobs_one_after_the_other(schedule: Any) -> None:
+    scheduler = schedule(workers=4)
+    scheduler.lanes["session"] = Lane(max_open=1)
+    jobs = [Recorded(scheduler, "session", (Pause.FULL,)) for _ in range(3)]
+    for number, job in enumerate(jobs):
+        assert job.began.wait(DEADLINE)
+        assert not any(later.began.is_set() for later in jobs[number + 1 :])
+        job.go.set()
+        wait_for_state(job.job, State.PARKED)
+        assert not any(later.began.is_set() for later in jobs[number + 1 :])
+        job.job.resume()
+        assert job.finish() is None
+
+
+def test_a_queued_job_knows_how_many_come_first(schedule: Any) -> None:
+    scheduler = schedule()
+    running = Recorded(scheduler, "a")
+    assert running.began.wait(DEADLINE)
+    queued = [Recorded(scheduler, "a") for _ in range(3)] + [Recorded(scheduler, "b")]
+    assert [job.job.position() for job in (running, *queued)] == [0, 0, 2, 3, 1]
+    for job in (running, *queued):
+        job.go.set()
+    for job in (running, *queued):
         assert job.finish() is None

@@ -13,6 +13,7 @@ LAYERS = [
     ["errors"],
     ["settings"],
     ["protocol"],
+    ["timers"],
     ["jobs"],
     ["db"],
     ["transport"],

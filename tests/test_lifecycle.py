@@ -79,8 +79,9 @@ def test_clients_that_leave_are_forgotten(server: LocalServer) -> None:
         deadline = time.monotonic() + DEADLINE
         while len(server.server._transport.connections) > 1:
             assert time.monotonic() < deadline
-        while server.server._requests._of_peer:
+        while len(server.server._requests._clients) > 1:
             assert time.monotonic() < deadline
+        assert not any(client.requests for client in server.server._requests._clients.values())
 
 
 def test_not_ready_while_duckdb_hangs(server: LocalServer) -> None:

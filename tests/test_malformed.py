@@ -40,7 +40,7 @@ TEXTS = [
     ('{"type":5}', "needs a field type"),
     ('{"type":null}', "needs a field type"),
     ('{"type":["arrow"],"sql":"select 1"}', "needs a field type"),
-    ('{"type":"unknown"}', 'Unknown message type "unknown"; known are arrow'),
+    ('{"type":"unknown"}', 'Unknown message type "unknown"; known are ack, arrow'),
     ('{"type":"ARROW","sql":"select 1"}', "Unknown message type"),
     ('{"type":"arrow"}', "arrow needs a field sql"),
     ('{"type":"json","sql":null}', "json needs a field sql"),

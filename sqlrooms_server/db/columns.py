@@ -10,6 +10,8 @@ from sqlrooms_server.db.statements import quote_identifier, without_end
 # Arrow drops the offset of TIMETZ, and 1.5 has no Arrow form of VARIANT at all.
 _CASTS = {"time with time zone": "VARCHAR", "variant": "JSON"}
 
+_NESTED = ("list", "array", "struct", "map", "union")
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -39,6 +41,15 @@ def unique_names(columns: tuple[Column, ...]) -> list[str]:
     return names
 
 
+def has_variant(type_: Any) -> bool:
+    """Whether ``type_`` is VARIANT or holds one, which 1.5 cannot turn into Arrow."""
+    if type_.id == "variant":
+        return True
+    if type_.id not in _NESTED:
+        return False
+    return any(has_variant(member) for _, member in type_.children if not isinstance(member, int))
+
+
 def exact_for_json(sql: str, columns: tuple[Column, ...]) -> str | None:
     """The query ``sql`` with casts where Arrow would lose a part of a value; None when nowhere."""
     casts = [_cast(column.type) for column in columns]
@@ -55,7 +66,7 @@ def _cast(type_: Any) -> str | None:
     """The SQL type to cast ``type_`` to, or None when it can stay."""
     if type_.id in _CASTS:
         return _CASTS[type_.id]
-    if type_.id not in ("list", "array", "struct", "map", "union"):
+    if type_.id not in _NESTED:
         return None
     members = [
         (name, member) for name, member in type_.children if name and not isinstance(member, int)

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +18,10 @@ import duckdb
 import pyarrow as pa
 
 from sqlrooms_server.db import files
-from sqlrooms_server.db.columns import Column, columns_of, exact_for_json
+from sqlrooms_server.db.columns import Column, columns_of, exact_for_json, has_variant
+from sqlrooms_server.db.parameters import Params, bindable
 from sqlrooms_server.db.statements import Classifier, Statements, quote_identifier, quote_literal
-from sqlrooms_server.errors import Cancelled, Conflict, QueryError
+from sqlrooms_server.errors import Cancelled, Conflict, QueryError, ServerError
 
 log = logging.getLogger(__name__)
 
@@ -51,25 +52,58 @@ _CONFLICT_WORDS = ("conflict", "another transaction", "different transaction")
 
 
 class Result:
-    """A result that is read batch by batch from ``reader``."""
+    """A result that is read batch by batch from ``batches``; ``reader`` knows its schema."""
 
-    __slots__ = ("_description", "reader", "statements")
+    __slots__ = ("_description", "batches", "reader", "rows", "statements", "truncated")
 
     def __init__(
         self, reader: pa.RecordBatchReader, description: list[Any], statements: Statements
     ) -> None:
         self.reader = reader
+        self.batches: Iterable[pa.RecordBatch] = reader
         self.statements = statements
+        # What count_rows() found so far.
+        self.rows = 0
+        self.truncated = False
         self._description = description
+
+    def count_rows(
+        self, max_rows: int | None = None, refuse: Callable[[], ServerError] | None = None
+    ) -> None:
+        """Count the rows as they are read.
+
+        When there are more than ``max_rows``, raise what ``refuse`` returns, or without it, end
+        there and note that the result is truncated.
+        """
+        self.batches = self._counted(max_rows, refuse)
+
+    def _counted(
+        self, max_rows: int | None, refuse: Callable[[], ServerError] | None
+    ) -> Iterator[pa.RecordBatch]:
+        for batch in self.reader:
+            if max_rows is not None and self.rows + batch.num_rows > max_rows:
+                if refuse is not None:
+                    raise refuse()
+                self.truncated = True
+                batch = batch.slice(0, max_rows - self.rows)
+            self.rows += batch.num_rows
+            yield batch
+            if self.truncated:
+                return
 
     @property
     def columns(self) -> tuple[Column, ...]:
         """Names and DuckDB types of the columns."""
         return columns_of(self._description)
 
+    @property
+    def fits_arrow(self) -> bool:
+        """Whether every column can be read as Arrow. VARIANT cannot on 1.5."""
+        return _STREAMS_FROM_SQL or not any(has_variant(column.type) for column in self.columns)
+
     def first_batch(self) -> pa.RecordBatch | None:
         """The first batch that has rows; None when there is none."""
-        for batch in self.reader:
+        for batch in self.batches:
             if batch.num_rows:
                 return batch
         return None
@@ -90,11 +124,16 @@ class Cursor:
     """A cursor of one job, closed at the end of its ``with`` block.
 
     DuckDB's errors come out of the block as ``QueryError`` with their text, or ``Conflict``. Only
-    its worker uses a cursor; :meth:`interrupt` is for other threads.
+    its worker uses a cursor; :meth:`interrupt` and :meth:`progress` are for other threads.
+
+    The native cursor of a session outlives the job: it is ``shared`` with those before and after.
     """
 
-    def __init__(self, native: duckdb.DuckDBPyConnection, engine: Engine) -> None:
+    def __init__(
+        self, native: duckdb.DuckDBPyConnection, engine: Engine, *, shared: bool = False
+    ) -> None:
         self.native = native
+        self._shared = shared
         # Whether a statement that changes something has finished.
         self.has_written = False
         self._engine = engine
@@ -120,6 +159,17 @@ class Cursor:
             if not self._closed:
                 self.native.interrupt()
 
+    def show_progress(self) -> None:
+        """Let DuckDB estimate how far the next statements are."""
+        self.native.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
+
+    def progress(self) -> float | None:
+        """How far the statement is, in percent; None when DuckDB does not know, or says 0."""
+        with self._lock, contextlib.suppress(duckdb.Error):
+            percent = -1.0 if self._closed else self.native.query_progress()
+            return percent if 0.0 < percent <= 100.0 else None
+        return None
+
     def close(self) -> None:
         """Roll an open transaction back and free what the cursor holds."""
         with self._lock:
@@ -127,72 +177,101 @@ class Cursor:
         if self._result is not None:
             # A reader that somebody still refers to would keep the transaction open.
             self._result.reader.close()
-        self.native.close()
+        if not self._shared:
+            self.native.close()
 
     def check(self) -> None:
         """Raise ``Cancelled`` when the cursor was interrupted."""
         if self._interrupted:
             raise Cancelled("The query was cancelled.")
 
-    def run(self, sql: str, *, for_json: bool = False) -> Result | None:
+    def run(
+        self, sql: str, params: Params | None = None, *, for_json: bool = False
+    ) -> Result | None:
         """Run ``sql`` and open its last result; None when the text holds no statement.
 
-        A single statement that lost against a concurrent transaction is tried again. With
-        ``for_json`` a query's columns that Arrow cannot carry exactly are cast by DuckDB.
+        A single statement that lost against a concurrent transaction is tried again, unless it
+        may stand in a transaction of a session. With ``for_json`` a query's columns that Arrow
+        cannot carry exactly are cast by DuckDB.
         """
         self.check()
+        if self._result is not None:
+            self._result.reader.close()
         statements = self._engine.classifier.classify(self.native, sql)
         if statements.kinds == ():
             return None
-        if statements.may_retry:
-            self._result = self._engine.retrying(self, self._open, sql, statements, for_json)
+        if params is not None:
+            params = bindable(self.native, params, statements)
+        if statements.may_retry and not self._shared:
+            retrying = self._engine.retrying
+            self._result = retrying(self, self._open, sql, params, statements, for_json)
         else:
-            self._result = self._open(sql, statements, for_json)
+            self._result = self._open(sql, params, statements, for_json)
         return self._result
 
-    def _open(self, sql: str, statements: Statements, for_json: bool) -> Result | None:
+    def _open(
+        self, sql: str, params: Params | None, statements: Statements, for_json: bool
+    ) -> Result | None:
         if statements.end_in_change:
-            return self._change(sql, statements)
+            return self._change(sql, params, statements)
         exact = for_json and statements.is_one_select
-        if _BIND and _SUBMIT and statements.is_one_select and not exact:
-            return self._submit(_BIND, _SUBMIT, sql, statements)
+        if _BIND and _SUBMIT and statements.is_one_select:
+            return self._submit(_BIND, _SUBMIT, sql, params, statements, exact)
+        # 1.5 makes the whole result of sql() with parameters before its first row.
+        relation = _STREAMS_FROM_SQL or (exact and params is None)
         # Either a relation or the cursor itself; both tell their columns and give a reader.
-        opened: Any = (self.native.sql if _STREAMS_FROM_SQL or exact else self.native.execute)(sql)
+        opened = self._ask(sql, params, relation)
         if opened is None:
             return None
         description = opened.description
         cast = exact_for_json(sql, columns_of(description)) if exact else None
         if cast is not None:
-            opened = self.native.sql(cast)
+            opened = self._ask(cast, params, relation)
         return Result(
             opened.to_arrow_reader(_batch_rows(len(description))), description, statements
         )
+
+    def _ask(self, sql: str, params: Params | None, relation: bool) -> Any:
+        if relation:
+            return self.native.sql(sql) if params is None else self.native.sql(sql, params=params)
+        return self._execute(sql, params)
+
+    def _execute(self, sql: str, params: Params | None) -> Any:
+        return self.native.execute(sql) if params is None else self.native.execute(sql, params)
 
     def _submit(
         self,
         bind: Callable[..., Any],
         submit: Callable[..., Any],
         sql: str,
+        params: Params | None,
         statements: Statements,
+        exact: bool,
     ) -> Result:
         """Run one SELECT of 2.x. The size of its batches must be known before its columns are."""
-        width = statements.width or len(bind(self.native, sql)[0])
-        opened = submit(self.native, sql, None, "stream", _batch_rows(width))
+        width, text = statements.width, sql
+        if width is None or exact:
+            names, types = bind(self.native, sql, values=params)[:2]
+            width = len(names)
+            if exact:
+                columns = columns_of(list(zip(names, types, strict=True)))
+                text = exact_for_json(sql, columns) or sql
+        opened = submit(self.native, text, params, "stream", _batch_rows(width))
         description = opened.description
         if len(description) > 2 * width:
             # The tables have changed since the last run.
             opened.close()
-            opened = submit(self.native, sql, None, "stream", _batch_rows(len(description)))
+            opened = submit(self.native, text, params, "stream", _batch_rows(len(description)))
         statements.width = len(description)
         return Result(opened.arrow_reader(), description, statements)
 
-    def _change(self, sql: str, statements: Statements) -> Result:
+    def _change(self, sql: str, params: Params | None, statements: Statements) -> Result:
         """Run a text whose last statement changes something.
 
         Its result is complete before the first row is read. Of all ways to run it, only
         execute() and fetchall() never report an interrupt for what was committed.
         """
-        self.native.execute(sql)
+        self._execute(sql, params)
         self.has_written = True
         description = self.native.description
         if len(description) == 1 and _is_count(*description[0][:2]):
@@ -211,6 +290,8 @@ _DATABASE_ERRORS = (duckdb.Error, pa.ArrowException, OSError)
 def _as_server_error(error: BaseException) -> QueryError | Conflict:
     if isinstance(error, duckdb.TransactionException) and _is_conflict(error):
         return Conflict(str(error))
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return QueryError(f"{error} (--memory-limit and --temp-directory of the server)")
     return QueryError(str(error))
 
 
@@ -223,10 +304,39 @@ def _batch_rows(width: int) -> int:
     return max(_MIN_BATCH_ROWS, _BATCH_VALUES // max(1, width))
 
 
+class SharedCursor:
+    """The native cursor of a session: what one job leaves in it, the next one finds."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._native: duckdb.DuckDBPyConnection | None = None
+
+    def for_job(self) -> Cursor:
+        """The cursor for one job, made when the first one needs it. For one worker at a time."""
+        if self._native is None:
+            self._native = self._engine.native_cursor()
+        return Cursor(self._native, self._engine, shared=True)
+
+    def close(self) -> None:
+        """Roll an open transaction back and free what the cursor holds."""
+        if self._native is not None:
+            with contextlib.suppress(duckdb.Error):
+                self._native.close()
+            self._native = None
+
+
 class Engine:
     """Owns the DuckDB connection. Raises ``StartupError`` when it cannot open what was asked."""
 
-    def __init__(self, path: str, *, read_only: bool, extensions: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        read_only: bool,
+        extensions: tuple[str, ...],
+        limits: Mapping[str, str] | None = None,
+    ) -> None:
+        """``limits`` are settings of DuckDB, such as ``memory_limit``, and their values."""
         self.read_only = read_only
         self.classifier = Classifier()
         self._writer = threading.Lock()
@@ -241,6 +351,8 @@ class Engine:
             },
         )
         try:
+            for name, value in (limits or {}).items():
+                files.limit(self._connection, name, value)
             for extension in extensions:
                 files.load_extension(self._connection, extension)
         except BaseException:
@@ -249,8 +361,12 @@ class Engine:
 
     def cursor(self) -> Cursor:
         """A fresh cursor for one job. Raises ``QueryError`` when the database is closed."""
+        return Cursor(self.native_cursor(), self)
+
+    def native_cursor(self) -> duckdb.DuckDBPyConnection:
+        """A fresh cursor of DuckDB. Raises ``QueryError`` when the database is closed."""
         try:
-            return Cursor(self._connection.cursor(), self)
+            return self._connection.cursor()
         except duckdb.Error as error:
             raise _as_server_error(error) from error
 

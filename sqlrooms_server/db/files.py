@@ -56,6 +56,15 @@ def prepare(path: Path, *, read_only: bool) -> None:
         )
 
 
+def limit(connection: duckdb.DuckDBPyConnection, name: str, value: str) -> None:
+    """Set a limit of DuckDB for the whole database. Raises ``StartupError``."""
+    try:
+        connection.execute(f"SET GLOBAL {name} = {quote_literal(value)}")
+    except duckdb.Error as error:
+        flag = "--" + name.replace("_", "-")
+        raise StartupError(f"{flag} {value!r} was refused: {str(error).splitlines()[0]}") from error
+
+
 @contextlib.contextmanager
 def explained(path: str) -> Iterator[None]:
     """Turn what DuckDB says of a file into a ``StartupError`` of one line."""

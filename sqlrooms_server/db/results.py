@@ -8,7 +8,7 @@ reply short knows that a reader will notice: either the message is incomplete, o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -29,24 +29,32 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 BROKEN_ARROW = b"\xff\xff\xff\xff\xff\xff\xff\x7fThe query failed; its error follows."
 
 
-def arrow_chunks(result: Result, first: pa.RecordBatch | None, prefix: bytes) -> Iterator[Chunk]:
+def arrow_chunks(
+    result: Result,
+    first: pa.RecordBatch | None,
+    prefix: bytes,
+    compression: str | None = None,
+) -> Iterator[Chunk]:
     """``prefix`` and the Arrow IPC stream of ``result``, whose first batch was read already.
 
     A result without rows holds one empty batch: some clients drop the schema otherwise.
+    ``compression`` of its buffers is ``"lz4"`` or ``"zstd"``.
     """
     schema = _SchemaMessage.of(result)
     if first is None:
         empty = [pa.array([], field.type) for field in schema.schema]
         first = pa.RecordBatch.from_arrays(empty, schema=schema.schema)
-    if schema.has_dictionary:
-        return _coalesced(prefix, _dictionary_pieces(result.reader, first))
-    return _coalesced(prefix, _plain_pieces(result.reader, first, schema.message))
+    batches = itertools.chain([first], result.batches)
+    if schema.has_dictionary or compression is not None:
+        return _coalesced(prefix, _written_pieces(schema.schema, batches, compression))
+    return _coalesced(prefix, _plain_pieces(schema.message, batches))
 
 
 def json_chunks(
-    result: Result, first: pa.RecordBatch | None, prefix: bytes, suffix: bytes
+    result: Result, first: pa.RecordBatch | None, prefix: bytes, suffix: Callable[[], bytes]
 ) -> Iterator[Chunk]:
-    """``prefix``, the rows of ``result`` as JSON text escaped for a JSON string, ``suffix``."""
+    """``prefix``, the rows of ``result`` as JSON text escaped for a JSON string, and what
+    ``suffix`` returns after the last row."""
     return _coalesced(prefix, _json_pieces(result, first, suffix))
 
 
@@ -70,23 +78,21 @@ class _SchemaMessage:
         return known
 
 
-def _plain_pieces(
-    reader: pa.RecordBatchReader, first: pa.RecordBatch, schema_message: bytes
-) -> Iterator[Chunk]:
+def _plain_pieces(schema_message: bytes, batches: Iterable[pa.RecordBatch]) -> Iterator[Chunk]:
     yield schema_message
-    yield memoryview(first.serialize())
-    for batch in reader:
+    for batch in batches:
         yield memoryview(batch.serialize())
     yield _END_OF_STREAM
 
 
-def _dictionary_pieces(reader: pa.RecordBatchReader, first: pa.RecordBatch) -> Iterator[Chunk]:
+def _written_pieces(
+    schema: pa.Schema, batches: Iterable[pa.RecordBatch], compression: str | None
+) -> Iterator[Chunk]:
     """As Arrow's stream writer does it, which alone knows when a dictionary must be sent."""
     sink = _Sink()
-    with pa.ipc.new_stream(sink, reader.schema) as writer:
-        writer.write_batch(first)
-        yield from sink.messages()
-        for batch in reader:
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_stream(sink, schema, options=options) as writer:
+        for batch in batches:
             writer.write_batch(batch)
             yield from sink.messages()
     yield from sink.messages()
@@ -127,17 +133,19 @@ class _Sink:
             yield memoryview(message.serialize())
 
 
-def _json_pieces(result: Result, first: pa.RecordBatch | None, suffix: bytes) -> Iterator[Chunk]:
+def _json_pieces(
+    result: Result, first: pa.RecordBatch | None, suffix: Callable[[], bytes]
+) -> Iterator[Chunk]:
     columns = result.columns
     encoder = RowEncoder(unique_names(columns), [column.type for column in columns])
     separator = b"["
     if first is not None:
-        for batch in itertools.chain([first], result.reader):
+        for batch in itertools.chain([first], result.batches):
             if batch.num_rows:
                 rows = encoder.encode(batch).replace(b"\\", b"\\\\").replace(b'"', b'\\"')
                 yield separator + rows
                 separator = b","
-    yield (b"[]" if first is None else b"]") + suffix
+    yield (b"[]" if first is None else b"]") + suffix()
 
 
 def _coalesced(prefix: bytes, pieces: Iterable[Chunk]) -> Iterator[Chunk]:

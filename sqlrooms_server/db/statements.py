@@ -46,6 +46,7 @@ class Statements:
     ``kinds`` are the kinds of its statements, in order, as DuckDB names them (``"SELECT"``):
     empty when it holds none, None when DuckDB could not say.
 
+    ``parameters`` are the names of those of the last statement, None when they are not known.
     ``width`` and ``schema_message`` are guesses from the last run of the same text, None before
     it: the number of columns it returned, and what :mod:`sqlrooms_server.db.results` made of them.
     """
@@ -55,14 +56,18 @@ class Statements:
         "is_one_select",
         "kinds",
         "may_retry",
+        "parameters",
         "returns_rows",
         "schema_message",
         "width",
     )
 
-    def __init__(self, kinds: tuple[str, ...] | None) -> None:
+    def __init__(
+        self, kinds: tuple[str, ...] | None, parameters: frozenset[str] | None = None
+    ) -> None:
         last = kinds[-1] if kinds else ""
         self.kinds = kinds
+        self.parameters = parameters
         self.width: int | None = None
         self.schema_message: Any = None
         # A single statement that returns rows and names no write target.
@@ -99,7 +104,7 @@ class Classifier:
             raise BadRequest(
                 f"sql has more than {MAX_LOGICAL_OPERATORS} AND and OR; use IN or a join."
             )
-        statements = Statements(_kinds(cursor, sql))
+        statements = _parsed(cursor, sql)
         if len(sql) <= _MEMO_TEXT_LENGTH:
             if len(self._memo) >= _MEMO_ENTRIES:
                 self._memo.clear()
@@ -107,14 +112,16 @@ class Classifier:
         return statements
 
 
-def _kinds(cursor: duckdb.DuckDBPyConnection, sql: str) -> tuple[str, ...] | None:
+def _parsed(cursor: duckdb.DuckDBPyConnection, sql: str) -> Statements:
     if len(sql) > MAX_PARSED_LENGTH:
-        return _kinds_of_long(sql)
+        return Statements(_kinds_of_long(sql))
     try:
-        return tuple(statement.type.name for statement in cursor.extract_statements(sql))
+        parsed = cursor.extract_statements(sql)
+        kinds = tuple(statement.type.name for statement in parsed)
     except (duckdb.Error, ValueError):
         # ValueError: 2.x has kinds its Python enumeration does not know (UPDATE EXTENSIONS).
-        return None
+        return Statements(None)
+    return Statements(kinds, frozenset(parsed[-1].named_parameters) if parsed else frozenset())
 
 
 def _kinds_of_long(sql: str) -> tuple[str, ...] | None:

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack
+from typing import IO, Any
 
-from sqlrooms_server.db.engine import Engine
-from sqlrooms_server.db.results import BROKEN_ARROW, arrow_chunks, json_chunks
+from sqlrooms_server.db.engine import Cursor, Engine, Result
+from sqlrooms_server.db.results import BROKEN_ARROW, Chunk, arrow_chunks, json_chunks
+from sqlrooms_server.errors import ServerError, TooLarge
 from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.features.chunked import ChunkedRequest
 from sqlrooms_server.features.requests import Request, Requests
+from sqlrooms_server.features.sessions import Sessions
 from sqlrooms_server.jobs import Pause, Work
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.protocol import JSON_SUFFIX, Query, arrow_prefix, encode_ok, json_prefix
+from sqlrooms_server.protocol import Query, arrow_prefix, encode_ok, json_prefix, json_suffix
+from sqlrooms_server.settings import Settings
+
+# A truncated result whose header must wait for its end is kept in memory up to this size.
+_SPOOL_BYTES = 8 << 20
+_SPOOL_CHUNK_BYTES = 512 << 10
 
 
 class Queries:
     """Runs SQL and sends what comes of it."""
 
-    def __init__(self, engine: Engine, requests: Requests) -> None:
+    def __init__(
+        self, engine: Engine, requests: Requests, sessions: Sessions, settings: Settings
+    ) -> None:
         self._engine = engine
         self._requests = requests
+        self._sessions = sessions
+        self._settings = settings
 
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
@@ -32,18 +47,54 @@ class Queries:
         pass
 
     def _submit(self, peer: Peer, query: Query) -> None:
-        self._requests.submit(
-            peer,
-            query.query_id,
-            lambda request: self._work(request, query),
-            size=len(query.sql),
-            broken_end=BROKEN_ARROW if query.kind == "arrow" else b"",
-        )
+        request = self._request(peer, query)
+        if query.session is None:
+            submitted = self._requests.submit(
+                request, self._work(request, query, self._engine.cursor)
+            )
+        else:
+            submitted = self._submit_in_session(request, query, query.session)
+        if not submitted:
+            return
+        limit = self._settings.query_timeout
+        if query.timeout is not None and not 0 < limit < query.timeout:
+            request.limit(query.timeout, "timeoutMs")
+        elif limit:
+            request.limit(limit, "--query-timeout")
+        if query.progress:
+            request.tell_progress()
 
-    def _work(self, request: Request, query: Query) -> Work:
-        with self._engine.cursor() as cursor:
+    def _request(self, peer: Peer, query: Query) -> Request:
+        size = len(query.sql)
+        if query.stream:
+            return ChunkedRequest(
+                self._requests,
+                peer,
+                query.query_id,
+                size=size,
+                window=query.window,
+                idle_timeout=self._settings.stream_idle_timeout,
+            )
+        broken_end = BROKEN_ARROW if "arrow" in query.formats else b""
+        return Request(self._requests, peer, query.query_id, size=size, broken_end=broken_end)
+
+    def _submit_in_session(self, request: Request, query: Query, name: str) -> bool:
+        peer = request.peer
+        try:
+            session = self._sessions.use(peer, name)
+        except ServerError as error:
+            request.refuse(error)
+            return False
+        request.on_answered = lambda: self._sessions.used(peer, name, session)
+        work = self._work(request, query, session.cursor)
+        return self._requests.submit(request, work, session.lane)
+
+    def _work(self, request: Request, query: Query, open_cursor: Callable[[], Cursor]) -> Work:
+        with open_cursor() as cursor:
             request.cursor = cursor
-            result = cursor.run(query.sql, for_json=query.kind == "json")
+            if query.progress:
+                cursor.show_progress()
+            result = self._run(cursor, query)
             if result is None:
                 request.reply(encode_ok(query.query_id))
                 return
@@ -52,18 +103,92 @@ class Queries:
                     pass
                 request.reply(encode_ok(query.query_id))
                 return
+            limit = self._limit(result, query)
             first = result.first_batch()
             if first is None and result.tells_nothing:
                 request.reply(encode_ok(query.query_id))
                 return
-            if query.kind == "arrow":
-                request.is_text = False
-                chunks = arrow_chunks(result, first, arrow_prefix(query.query_id))
-            else:
-                chunks = json_chunks(result, first, json_prefix(query.query_id), JSON_SUFFIX)
+            chunks = yield from self._chunks(request, query, result, first, limit)
             chunk = next(chunks)
             for following in chunks:
                 yield Pause.FULL if request.put(chunk) else Pause.TURN
                 chunk = following
             # No pause after the last one: a reply that is complete can no longer fail.
             request.put(chunk)
+            if isinstance(request, ChunkedRequest):
+                request.summary = {"rows": result.rows, **_truncation(result, limit)}
+
+    @staticmethod
+    def _run(cursor: Cursor, query: Query) -> Result | None:
+        """Run the query for the first of its formats that can carry the result."""
+        for_json = query.formats[:1] == ("json",)
+        result = cursor.run(query.sql, query.params, for_json=for_json)
+        if result is not None and len(query.formats) > 1 and not for_json:
+            if not result.fits_arrow and result.statements.is_one_select:
+                result = cursor.run(query.sql, query.params, for_json=True)
+        return result
+
+    def _limit(self, result: Result, query: Query) -> str:
+        """Bound the rows of ``result``; the name of the limit that would truncate it."""
+        cap = self._settings.max_result_rows
+        if query.max_rows is not None:
+            is_capped = 0 < cap < query.max_rows
+            result.count_rows(cap if is_capped else query.max_rows)
+            return "--max-result-rows" if is_capped else "maxRows"
+        if cap:
+            result.count_rows(
+                cap,
+                lambda: TooLarge(
+                    f"The result has more than {cap} rows (--max-result-rows); add a LIMIT, or "
+                    "maxRows to get the first ones."
+                ),
+            )
+        elif query.stream:
+            result.count_rows()
+        return ""
+
+    def _chunks(
+        self,
+        request: Request,
+        query: Query,
+        result: Result,
+        first: Any,
+        limit: str,
+    ) -> Generator[Pause, None, Iterator[Chunk]]:
+        """The reply in the first format that can carry the result."""
+        query_id = query.query_id
+        if query.formats[0] == "json" or ("json" in query.formats and not result.fits_arrow):
+            return json_chunks(
+                result,
+                first,
+                json_prefix(query_id),
+                lambda: json_suffix(**_truncation(result, limit)),
+            )
+        request.is_text = False
+        if isinstance(request, ChunkedRequest):
+            return arrow_chunks(result, first, b"", query.compression)
+        if query.max_rows is None:
+            return arrow_chunks(result, first, arrow_prefix(query_id), query.compression)
+        # Whether it was truncated stands before the rows and is known after them.
+        with ExitStack() as stack:
+            spool = stack.enter_context(tempfile.SpooledTemporaryFile(_SPOOL_BYTES))
+            for chunk in arrow_chunks(result, first, b"", query.compression):
+                spool.write(chunk)
+                yield Pause.TURN
+            stack.pop_all()
+        prefix = arrow_prefix(query_id, **_truncation(result, limit))
+        return _spooled(prefix, spool)
+
+
+def _spooled(prefix: bytes, spool: IO[bytes]) -> Iterator[Chunk]:
+    """``prefix`` and what ``spool`` holds. Closes it."""
+    with spool:
+        spool.seek(0)
+        yield prefix + spool.read(_SPOOL_CHUNK_BYTES)
+        while chunk := spool.read(_SPOOL_CHUNK_BYTES):
+            yield chunk
+
+
+def _truncation(result: Result, limit: str) -> dict[str, Any]:
+    """What a reply says when rows were left out."""
+    return {"truncated": True, "truncatedBy": limit} if result.truncated else {}

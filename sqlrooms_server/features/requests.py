@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from sqlrooms_server.db.engine import Cursor
 from sqlrooms_server.errors import (
@@ -14,12 +16,14 @@ from sqlrooms_server.errors import (
     QueryId,
     ServerError,
     ShuttingDown,
+    Timeout,
 )
 from sqlrooms_server.features import MessageHandler, Route
-from sqlrooms_server.jobs import Job, Scheduler, Work
+from sqlrooms_server.jobs import Job, Lane, Scheduler, State, Work
 from sqlrooms_server.outbox import Outbox
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.protocol import Cancel, encode
+from sqlrooms_server.timers import Timer, Timers
 from sqlrooms_server.transport.connection import Chunk
 
 log = logging.getLogger(__name__)
@@ -28,15 +32,35 @@ log = logging.getLogger(__name__)
 # can still be just an error.
 _STREAM_BYTES = 64 << 10
 
+# At most five progress messages a second.
+PROGRESS_SECONDS = 0.2
+
+
+@dataclass
+class _Client:
+    """What is under way for one connection."""
+
+    requests: dict[QueryId, Request] = field(default_factory=dict)
+    lane: Lane = field(default_factory=Lane)
+    held: int = 0
+
 
 class Request:
     """One request: the worker's side of its reply, and what cancels it.
 
-    The worker calls ``put`` and ``reply``; everything else belongs to the loop thread.
+    ``size`` is what it holds in memory, in bytes. ``broken_end`` is what makes a half-sent reply
+    invalid, see :meth:`Outbox.fail`. The worker calls ``put`` and ``reply``; everything else
+    belongs to the loop thread.
     """
 
     def __init__(
-        self, requests: Requests, peer: Peer, query_id: QueryId, size: int, broken_end: bytes
+        self,
+        requests: Requests,
+        peer: Peer,
+        query_id: QueryId,
+        *,
+        size: int = 0,
+        broken_end: bytes = b"",
     ) -> None:
         self.peer = peer
         self.size = size
@@ -44,11 +68,14 @@ class Request:
         self.cursor: Cursor | None = None
         self.is_text = True
         self.answered = False
+        self.on_answered: Callable[[], None] | None = None
         self.job: Job | None = None
         self._requests = requests
         self._broken_end = broken_end
         self._outbox: Outbox | None = None
         self._reply: bytes = b""
+        self._deadline: Timer | None = None
+        self._progress: Timer | None = None
 
     def put(self, chunk: Chunk) -> bool:
         """Add a part of the reply; True when there is no room for more now."""
@@ -63,8 +90,9 @@ class Request:
         return self._outbox.put(chunk)
 
     def reply(self, message: bytes) -> None:
-        """Set the whole reply."""
+        """Set the whole reply, a text message."""
         self._reply = message
+        self.is_text = True
 
     @property
     def _has_written(self) -> bool:
@@ -100,11 +128,59 @@ class Request:
             return
         if self._outbox is not None:
             self._outbox.fail(self._broken_end)
+        self.refuse(error)
+
+    def refuse(self, error: ServerError) -> None:
+        """Answer with ``error`` alone."""
         text = str(error)
-        if self._has_written and isinstance(error, Cancelled | ShuttingDown):
+        if self._has_written and isinstance(error, Cancelled | ShuttingDown | Timeout):
             text += " The statement itself had finished; its changes stand."
         self.peer.send_error(type(error)(text, self.query_id))
         self._answered()
+
+    def limit(self, seconds: float, name: str) -> None:
+        """End with ``timeout``, which calls the limit ``name``, if this takes ``seconds``."""
+        error = Timeout(f"The query took longer than {seconds:g} s ({name}).")
+        # From the thread of the timers, so that a busy loop does not hold up what relieves it.
+        self._deadline = self._requests.timers.after(seconds, lambda: self._time_out(error))
+
+    def _time_out(self, error: Timeout) -> None:
+        if self.job is not None:
+            self.job.stop(error)
+
+    def tell_progress(self) -> None:
+        """Send ``progress`` from time to time until the reply begins."""
+        self._progress = self._requests.timers.after(PROGRESS_SECONDS, self._look_at_progress)
+
+    def _look_at_progress(self) -> None:
+        """On the thread of the timers: DuckDB's estimate may wait for a lock."""
+        job = self.job
+        if job is None or self.answered or job.state is State.DONE:
+            return
+        now = time.monotonic()
+        cursor = self.cursor
+        queued = job.began is None
+        message = {
+            "type": "progress",
+            "queryId": self.query_id,
+            "state": "queued" if queued else "running",
+            "percent": None if queued or cursor is None else cursor.progress(),
+            "position": job.position() if queued else None,
+            "queuedMs": round(1000 * ((job.began or now) - job.submitted)),
+            "runningMs": round(1000 * (now - job.began)) if job.began else 0,
+        }
+        self._requests.post(self._send_progress, encode(message))
+
+    def _send_progress(self, message: bytes) -> None:
+        if self.answered or self._begins_no_more_messages:
+            return
+        self.peer.send(message)
+        self.tell_progress()
+
+    @property
+    def _begins_no_more_messages(self) -> bool:
+        """Whether what is sent now would come after the reply."""
+        return self._outbox is not None
 
     def _finish(self, error: BaseException | None) -> None:
         if error is not None:
@@ -132,7 +208,12 @@ class Request:
 
     def _answered(self) -> None:
         self.answered = True
+        for timer in (self._deadline, self._progress):
+            if timer is not None:
+                timer.cancel()
         self._requests.forget(self)
+        if self.on_answered is not None:
+            self.on_answered()
 
 
 class Requests:
@@ -141,16 +222,18 @@ class Requests:
     def __init__(
         self,
         scheduler: Scheduler,
+        timers: Timers,
         post: Callable[..., None],
         *,
         max_in_flight: int,
         max_held: int,
     ) -> None:
         self.post = post
+        self.timers = timers
         self._scheduler = scheduler
         self._max_in_flight = max_in_flight
         self._max_held = max_held
-        self._of_peer: dict[Peer, dict[QueryId, Request]] = {}
+        self._clients: dict[Peer, _Client] = {}
 
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
@@ -160,76 +243,76 @@ class Requests:
     def routes(self) -> Mapping[str, Route]:
         return {}
 
-    def submit(
-        self,
-        peer: Peer,
-        query_id: QueryId,
-        work: Callable[[Request], Work],
-        *,
-        size: int,
-        broken_end: bytes = b"",
-    ) -> None:
-        """Queue ``work`` as a request of ``peer``, or answer it with why not.
+    def submit(self, request: Request, work: Work, lane: Lane | None = None) -> bool:
+        """Queue ``work`` for ``request``; False when it was answered with why not.
 
-        ``size`` is what the request holds in memory, in bytes. ``broken_end`` is what makes a
-        half-sent reply invalid, see :meth:`Outbox.fail`.
+        ``lane`` is that of the connection unless given.
         """
-        requests = self._of_peer.setdefault(peer, {})
-        if query_id in requests:
-            peer.send_error(
-                Conflict(f"queryId {query_id!r} is in use by a query in flight.", query_id)
-            )
-            return
-        if len(requests) >= self._max_in_flight:
-            peer.send_error(
-                Busy(
-                    f"This connection has {len(requests)} unanswered requests, which is the "
-                    "limit (--max-in-flight).",
-                    query_id,
-                )
-            )
-            return
-        held = sum(request.size for request in requests.values())
-        if requests and held + size > self._max_held:
-            peer.send_error(
-                Busy(
-                    f"The unanswered requests of this connection hold {held} bytes; with this one "
-                    f"they would pass {self._max_held}, twice --max-message-size.",
-                    query_id,
-                )
-            )
-            return
-        request = Request(self, peer, query_id, size, broken_end)
-        requests[query_id] = request
+        client = self._clients.get(request.peer)
+        if client is None:
+            client = self._clients[request.peer] = _Client()
+        refusal = self._refusal(client, request)
+        if refusal is not None:
+            request.refuse(refusal)
+            return False
+        client.requests[request.query_id] = request
+        client.held += request.size
         try:
             request.job = self._scheduler.submit(
-                peer, work(request), request.interrupt, request.done
+                lane or client.lane, work, request.interrupt, request.done
             )
         except ServerError as error:
             request.fail(error)
+            return False
+        return True
+
+    def _refusal(self, client: _Client, request: Request) -> ServerError | None:
+        query_id = request.query_id
+        if query_id in client.requests:
+            return Conflict(f"queryId {query_id!r} is in use by a query in flight.", query_id)
+        if len(client.requests) >= self._max_in_flight:
+            return Busy(
+                f"This connection has {len(client.requests)} unanswered requests, which is the "
+                "limit (--max-in-flight).",
+                query_id,
+            )
+        if client.requests and client.held + request.size > self._max_held:
+            return Busy(
+                f"The unanswered requests of this connection hold {client.held} bytes; with this "
+                f"one they would pass {self._max_held}, twice --max-message-size.",
+                query_id,
+            )
+        return None
+
+    def find(self, peer: Peer, query_id: QueryId) -> Request | None:
+        """The request of ``peer`` under ``query_id`` that is in flight."""
+        client = self._clients.get(peer)
+        return None if client is None else client.requests.get(query_id)
 
     def forget(self, request: Request) -> None:
         """The request was answered; its id is free again."""
-        requests = self._of_peer.get(request.peer)
-        if requests is not None and requests.get(request.query_id) is request:
-            del requests[request.query_id]
-            if not requests:
-                del self._of_peer[request.peer]
+        client = self._clients.get(request.peer)
+        if client is not None and client.requests.get(request.query_id) is request:
+            del client.requests[request.query_id]
+            client.held -= request.size
 
     def closed(self, peer: Peer) -> None:
         """Stop what a client left behind."""
+        client = self._clients.pop(peer, None)
+        if client is None:
+            return
         # The newest first: ending one that runs would let a worker start one that waits.
-        for request in reversed(list(self._of_peer.pop(peer, {}).values())):
+        for request in reversed(list(client.requests.values())):
             request.stop(Cancelled("The connection was closed."))
 
     def abandon(self, reason: ServerError) -> None:
         """Answer everything that is left with ``reason``, whether it ended or not."""
-        for requests in list(self._of_peer.values()):
-            for request in list(requests.values()):
+        for client in list(self._clients.values()):
+            for request in list(client.requests.values()):
                 request.fail(reason)
 
     def _cancel(self, peer: Peer, cancel: Cancel) -> None:
-        request = self._of_peer.get(peer, {}).get(cancel.query_id)
+        request = self.find(peer, cancel.query_id)
         cancelled = request is not None and request.stop(Cancelled("The query was cancelled."))
         peer.send(encode({"type": "cancelAck", "queryId": cancel.query_id, "cancelled": cancelled}))
 

@@ -32,12 +32,8 @@ class Uploads:
         pass
 
     def _submit(self, peer: Peer, upload: Upload) -> None:
-        self._requests.submit(
-            peer,
-            upload.query_id,
-            lambda request: self._work(request, upload),
-            size=len(upload.body),
-        )
+        request = Request(self._requests, peer, upload.query_id, size=len(upload.body))
+        self._requests.submit(request, self._work(request, upload))
 
     def _work(self, request: Request, upload: Upload) -> Work:
         with self._engine.cursor() as cursor:

@@ -4,13 +4,14 @@ uWebSockets runs on a thread of its own, driven through the native layer of sock
 Python classes poll the loop, never report a drained socket, and can lose data.
 """
 
-from sqlrooms_server.transport.connection import Connection, Source
+from sqlrooms_server.transport.connection import Connection, FrameSource, Source
 from sqlrooms_server.transport.http import Exchange, HttpRequest
 from sqlrooms_server.transport.loop import Handler, Refusal, Transport, TransportLimits
 
 __all__ = [
     "Connection",
     "Exchange",
+    "FrameSource",
     "Handler",
     "HttpRequest",
     "Refusal",

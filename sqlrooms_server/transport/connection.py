@@ -31,10 +31,11 @@ _ENTRY_BYTES = 200
 
 
 class Pull(enum.Enum):
-    """Why a source has no fragment to give."""
+    """Why a source has nothing to give."""
 
     NOT_READY = "not ready"
-    """The producer calls :meth:`Connection.pump` once there is one."""
+    """The producer calls :meth:`Connection.pump` once there is a fragment, or
+    :meth:`Connection.stream_frames` once there is a frame."""
     WITHDRAWN = "withdrawn"
     """It ended before its first byte left; there is nothing to send."""
 
@@ -50,6 +51,16 @@ class Source(Protocol):
 
     def dropped(self) -> None:
         """The connection closed first."""
+
+
+class FrameSource(Protocol):
+    """Messages that are produced while others are sent between them. Hashable by identity."""
+
+    def pull_frame(self) -> tuple[bytes, Chunk] | Pull:
+        """The next message, in two parts."""
+
+    def dropped(self) -> None:
+        """The connection closed while there was something to send."""
 
 
 class _Whole:
@@ -69,17 +80,28 @@ class _Whole:
         pass
 
 
+_Entry = tuple[Source, int, int]
+"""A message to send: its source, its opcode, and the bytes it counts in ``_queued``."""
+
+
 class Connection:
-    """An open WebSocket. After it closed, every method does nothing."""
+    """An open WebSocket. After it closed, every method does nothing.
+
+    Complete messages go first; streams and the circle of frame sources take turns.
+    """
 
     __slots__ = (
+        "_begun",
         "_close_when_sent",
+        "_frame_sources",
+        "_frames_are_next",
         "_max_queued",
+        "_messages",
         "_post",
-        "_queue",
         "_queued",
         "_repost",
-        "_started",
+        "_streams",
+        "_under_way",
         "_ws",
         "handler_data",
         "remote_address",
@@ -98,9 +120,15 @@ class Connection:
         self._post = post
         self._max_queued = max_queued
         self._ws: Any = None
-        self._queue: deque[tuple[Source, int, int]] = deque()
+        self._messages: deque[_Entry] = deque()
         self._queued = 0
-        self._started = False
+        self._streams: deque[_Entry] = deque()
+        # A dictionary for its order. Holds only sources that may have something to send.
+        self._frame_sources: dict[FrameSource, None] = {}
+        self._frames_are_next = False
+        # Nothing can go between the fragments of a message.
+        self._under_way: _Entry | None = None
+        self._begun = False
         self._repost = False
         self._close_when_sent: tuple[int, bytes] | None = None
 
@@ -114,7 +142,8 @@ class Connection:
             return
         opcode = native.TEXT if is_text else native.BINARY
         if (
-            not self._queue
+            self._under_way is None
+            and not self._messages
             and len(data) <= FRAGMENT_BYTES
             and native.ws_buffered(native.PLAIN, self._ws) < NATIVE_HIGH_BYTES
         ):
@@ -125,15 +154,23 @@ class Connection:
         if self._queued > self._max_queued:
             self.abort()
             return
-        self._queue.append((_Whole(data), opcode, size))
+        self._messages.append((_Whole(data), opcode, size))
         self.pump()
 
     def stream(self, source: Source, *, is_text: bool) -> None:
-        """Send the message that ``source`` produces, after those before it."""
+        """Send the message that ``source`` produces, after the streams before it."""
         if self._ws is None:
             source.dropped()
             return
-        self._queue.append((source, native.TEXT if is_text else native.BINARY, 0))
+        self._streams.append((source, native.TEXT if is_text else native.BINARY, 0))
+        self.pump()
+
+    def stream_frames(self, source: FrameSource) -> None:
+        """Send the binary messages that ``source`` has ready. To be called when it has more."""
+        if self._ws is None:
+            source.dropped()
+            return
+        self._frame_sources[source] = None
         self.pump()
 
     def close(self, code: int, reason: str) -> None:
@@ -149,28 +186,69 @@ class Connection:
     def pump(self) -> None:
         """Send as much as the socket takes. For sources that have data again."""
         budget = TURN_BYTES
-        while self._queue and self._ws is not None:
-            source, opcode, size = self._queue[0]
+        while self._ws is not None:
             if budget <= 0:
                 self._pump_later()
                 return
             if native.ws_buffered(native.PLAIN, self._ws) >= NATIVE_HIGH_BYTES:
                 return
-            pulled = source.pull()
-            if pulled is Pull.NOT_READY:
-                return
-            if pulled is Pull.WITHDRAWN:
-                self._queue.popleft()
+            if self._under_way is None:
+                self._take_up()
+            size = self._send_frame() if self._under_way is None else self._send_fragment()
+            if size is None:
+                break
+            budget -= size
+        self._close_if_sent()
+
+    def _take_up(self) -> None:
+        """Choose the message to send next; none when it is the turn of a frame."""
+        if self._messages:
+            self._under_way = self._messages.popleft()
+        elif self._streams and not (self._frames_are_next and self._frame_sources):
+            self._under_way = self._streams.popleft()
+            self._frames_are_next = True
+
+    def _send_fragment(self) -> int | None:
+        """Send a part of the message under way; its size, or None when it is not there yet."""
+        assert self._under_way is not None
+        source, opcode, size = self._under_way
+        pulled = source.pull()
+        if pulled is Pull.NOT_READY:
+            return None
+        if pulled is Pull.WITHDRAWN:
+            self._under_way = None
+            return 0
+        data, last = pulled
+        self._write(data, native.CONTINUATION if self._begun else opcode, last=last)
+        self._begun = not last
+        if last and self._ws is not None:
+            self._under_way = None
+            self._queued -= size
+            source.sent()
+        return len(data)
+
+    def _send_frame(self) -> int | None:
+        """Send one message of the next source that has one; None when nothing waits at all."""
+        self._frames_are_next = False
+        while self._frame_sources:
+            source = next(iter(self._frame_sources))
+            del self._frame_sources[source]
+            pulled = source.pull_frame()
+            if isinstance(pulled, Pull):
                 continue
-            data, last = pulled
-            self._write(data, native.CONTINUATION if self._started else opcode, last=last)
-            budget -= len(data)
-            self._started = not last
-            if last and self._ws is not None:
-                self._queue.popleft()
-                self._queued -= size
-                source.sent()
+            self._frame_sources[source] = None
+            head, body = pulled
+            # Two fragments, because joining them would copy the body.
+            self._write(head, native.BINARY, last=not len(body))
+            if len(body) and self._ws is not None:
+                self._write(body, native.CONTINUATION, last=True)
+            return len(head) + len(body)
+        return 0 if self._streams else None
+
+    def _close_if_sent(self) -> None:
         if self._close_when_sent is None or self._ws is None:
+            return
+        if self._under_way or self._messages or self._streams or self._frame_sources:
             return
         # What uWebSockets still holds would be lost; the drain callback comes back here.
         if native.ws_buffered(native.PLAIN, self._ws) == 0:
@@ -184,9 +262,18 @@ class Connection:
     def closed(self) -> None:
         """For the transport: the socket is gone. Nothing may touch it from here on."""
         self._ws = None
-        queue, self._queue = self._queue, deque()
-        for source, _, _ in queue:
+        entries = [*self._messages, *self._streams]
+        if self._under_way is not None:
+            entries.append(self._under_way)
+        frame_sources = list(self._frame_sources)
+        self._under_way = None
+        self._messages.clear()
+        self._streams.clear()
+        self._frame_sources.clear()
+        for source, _, _ in entries:
             source.dropped()
+        for frame_source in frame_sources:
+            frame_source.dropped()
 
     def _pump_later(self) -> None:
         if not self._repost:

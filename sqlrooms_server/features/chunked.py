@@ -1,0 +1,161 @@
+"""Results in chunks: many messages, within a window, while others go between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from sqlrooms_server.errors import BadRequest, QueryId, Timeout
+from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.features.requests import Request, Requests
+from sqlrooms_server.outbox import Outbox
+from sqlrooms_server.peer import Peer
+from sqlrooms_server.protocol import Ack, arrow_prefix
+from sqlrooms_server.timers import Timer
+from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Chunk, Pull
+
+
+class ChunkedRequest(Request):
+    """A request whose result is a sequence of messages; a :class:`transport.FrameSource`.
+
+    ``window`` is how many bytes may be under way, None for any number. ``summary`` is for the
+    worker, which fills it in before its work ends. A client that does not acknowledge for
+    ``idle_timeout`` seconds while the window is full loses the result.
+    """
+
+    def __init__(
+        self,
+        requests: Requests,
+        peer: Peer,
+        query_id: QueryId,
+        *,
+        size: int,
+        window: int | None,
+        idle_timeout: float,
+    ) -> None:
+        super().__init__(requests, peer, query_id, size=size)
+        self.is_text = False
+        self.summary: dict[str, Any] = {}
+        self._window = window
+        self._idle_timeout = idle_timeout
+        self._seq = 0
+        self._sent_bytes = 0
+        self._acked_bytes = 0
+        self._stalled: Timer | None = None
+
+    def put(self, chunk: Chunk) -> bool:
+        if self._outbox is None:
+            self._outbox = Outbox(on_room=self._resume, on_data=self._wake, on_sent=self._answered)
+            self._requests.post(self._start_stream)
+        return self._outbox.put(chunk)
+
+    def acknowledge(self, size: int) -> None:
+        """The client consumed ``size`` bytes in all. Raises ``BadRequest`` for more than it got."""
+        if size > self._sent_bytes:
+            raise BadRequest(
+                f"ack of {size} bytes, but only {self._sent_bytes} were sent.", self.query_id
+            )
+        if size <= self._acked_bytes:
+            return
+        self._acked_bytes = size
+        self._has_moved()
+        self._start_stream()
+
+    def pull_frame(self) -> tuple[bytes, Chunk] | Pull:
+        if self.answered or self._outbox is None:
+            return Pull.WITHDRAWN
+        limit = FRAGMENT_BYTES
+        if self._window is not None:
+            limit = min(limit, self._window - (self._sent_bytes - self._acked_bytes))
+            if limit <= 0:
+                self._wait_for_acks()
+                return Pull.NOT_READY
+        pulled = self._outbox.pull(limit)
+        if isinstance(pulled, Pull):
+            return pulled
+        body, last = pulled
+        self._sent_bytes += len(body)
+        more = self._final_fields() if last else {}
+        head = arrow_prefix(self.query_id, seq=self._seq, last=last, **more)
+        self._seq += 1
+        if last:
+            self._outbox.sent()
+        return head, body
+
+    def dropped(self) -> None:
+        if self._outbox is not None:
+            self._outbox.dropped()
+
+    def _final_fields(self) -> dict[str, Any]:
+        assert self.job is not None and self.job.began is not None
+        queued = self.job.began - self.job.submitted
+        total = time.monotonic() - self.job.submitted
+        seconds = {
+            "queued": queued,
+            "running": self.job.worked,
+            "sending": max(0.0, total - queued - self.job.worked),
+        }
+        milliseconds = {name: round(1000 * value, 3) for name, value in seconds.items()}
+        return {**self.summary, "bytes": self._sent_bytes, "ms": milliseconds}
+
+    def _wait_for_acks(self) -> None:
+        if self._stalled is None:
+            self._stalled = self._requests.timers.after(
+                self._idle_timeout, lambda: self._requests.post(self._give_up)
+            )
+
+    def _has_moved(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    def _give_up(self) -> None:
+        if self._stalled is not None:
+            self.stop(
+                Timeout(
+                    f"The client did not acknowledge a chunk for {self._idle_timeout:g} s "
+                    "(--stream-idle-timeout)."
+                )
+            )
+
+    def _start_stream(self) -> None:
+        if self.answered:
+            self.dropped()
+        else:
+            self.peer.stream_frames(self)
+
+    def _wake(self) -> None:
+        self._requests.post(self._start_stream)
+
+    @property
+    def _begins_no_more_messages(self) -> bool:
+        return False
+
+    def _answered(self) -> None:
+        self._has_moved()
+        super()._answered()
+
+
+class Acks:
+    """A feature: it answers nothing to ``ack``, but lets chunked results go on."""
+
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+
+    @property
+    def handlers(self) -> Mapping[type, MessageHandler]:
+        return {Ack: self._ack}
+
+    @property
+    def routes(self) -> Mapping[str, Route]:
+        return {}
+
+    def closed(self, peer: Peer) -> None:
+        pass
+
+    def _ack(self, peer: Peer, ack: Ack) -> None:
+        request = self._requests.find(peer, ack.query_id)
+        if isinstance(request, ChunkedRequest):
+            request.acknowledge(ack.size)
+        # Otherwise the result has ended, and its acknowledgements were under way.
