@@ -161,7 +161,7 @@ class Server:
             self._sessions,
             Acks(self._requests),
             Queries(self._engine, self._requests, self._sessions, settings),
-            Uploads(self._engine, self._requests),
+            Uploads(self._engine, self._requests, settings),
         )
         for feature in self._features:
             self._handlers.update(feature.handlers)

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import duckdb
 import pyarrow as pa
 
-from sqlrooms_server.db.columns import Column, unique_names
 from sqlrooms_server.db.engine import Cursor, Engine
+from sqlrooms_server.db.ipc import STREAM_ERRORS, broken, numbered
 from sqlrooms_server.db.statements import quote_identifier
-from sqlrooms_server.errors import BadRequest
+from sqlrooms_server.errors import Conflict
+
+Mode = Literal["replace", "create", "append"]
 
 # Registered names belong to the cursor, so uploads at one time do not meet.
 _SOURCE = "__sqlrooms_upload"
 
+# Each insert costs a millisecond; more at a time only holds more memory.
+_INSERT_BYTES = 16 << 20
 
-def create_table(engine: Engine, cursor: Cursor, table: tuple[str, ...], body: memoryview) -> None:
-    """Create or replace ``table`` (one to three name parts) from the Arrow IPC stream ``body``.
 
-    Raises ``BadRequest`` when the stream is not one; then, as after any error, a table that was
-    there before is as it was. Columns of one name are numbered: ``a``, ``a_1``.
+def write_table(
+    engine: Engine, cursor: Cursor, table: tuple[str, ...], mode: Mode, body: memoryview
+) -> None:
+    """Write the Arrow IPC stream ``body`` to ``table`` (one to three name parts).
+
+    Raises ``BadRequest`` when the stream is not one and ``Conflict`` when a table to create is
+    there; then, as after any error, a table that was there before is as it was. Columns of one
+    name are numbered: ``a``, ``a_1``.
     """
-    target = ".".join(quote_identifier(part) for part in table)
-    statement = f"CREATE OR REPLACE TABLE {target} AS SELECT * FROM {_SOURCE}"
+    target = _qualified(table)
+    statement = {
+        "replace": f"CREATE OR REPLACE TABLE {target} AS SELECT * FROM {_SOURCE}",
+        "create": f"CREATE TABLE {target} AS SELECT * FROM {_SOURCE}",
+        "append": f"INSERT INTO {target} BY NAME SELECT * FROM {_SOURCE}",
+    }[mode]
 
     def attempt() -> None:
         # A reader can be read once; a second try with a spent one would empty the table.
@@ -34,8 +48,8 @@ def create_table(engine: Engine, cursor: Cursor, table: tuple[str, ...], body: m
             cursor.has_written = True
         except (duckdb.Error, pa.ArrowException) as error:
             if source.failure is not None:
-                raise _broken(source.failure) from error
-            raise
+                raise broken(source.failure) from error
+            raise _explained(error, mode) from error
         finally:
             cursor.native.unregister(_SOURCE)
 
@@ -43,8 +57,98 @@ def create_table(engine: Engine, cursor: Cursor, table: tuple[str, ...], body: m
     engine.retrying(cursor, attempt)
 
 
-def _broken(error: BaseException) -> BadRequest:
-    return BadRequest(f"The body of uploadArrow is not a valid Arrow IPC stream: {error}")
+class TableWriter:
+    """Writes a table batch by batch, in one transaction of ``cursor``.
+
+    A table to replace is made under another name, so that the transaction holds on to the old
+    one only at the end. Closing the cursor before :meth:`finish` rolls everything back.
+    """
+
+    def __init__(self, cursor: Cursor, table: tuple[str, ...], mode: Mode) -> None:
+        self.rows = 0
+        self._cursor = cursor
+        self._mode = mode
+        self._target = table
+        self._written = table
+        if mode == "replace":
+            self._written = (*table[:-1], f"__sqlrooms_upload_{secrets.token_hex(8)}")
+        self._schema: pa.Schema | None = None
+        self._waiting: list[pa.RecordBatch] = []
+        self._waiting_bytes = 0
+
+    def begin(self, schema: pa.Schema) -> None:
+        """Begin the transaction and find out whether ``schema`` fits. Later calls do nothing."""
+        if self._schema is not None:
+            return
+        self._schema = schema
+        self._cursor.check()
+        self._cursor.native.execute("BEGIN")
+        # Neither CREATE TABLE AS nor INSERT of no rows: what the same transaction inserts then is
+        # invisible to 1.5.6 until a checkpoint, and has no statistics on 2.0.0: sum() is NULL.
+        if self._mode == "append":
+            self._run(f"EXPLAIN {self._insertion}", [])
+        else:
+            described = self._run(f"DESCRIBE SELECT * FROM {_SOURCE}", [])
+            columns = ", ".join(f"{quote_identifier(row[0])} {row[1]}" for row in described)
+            statement = f"CREATE TABLE {_qualified(self._written)} ({columns})"
+            try:
+                self._cursor.native.execute(statement)
+            except duckdb.Error as error:
+                raise _explained(error, self._mode) from error
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Write ``batch``, now or together with later ones."""
+        if not batch.num_rows:
+            return
+        self._waiting.append(batch)
+        self._waiting_bytes += batch.nbytes
+        if self._waiting_bytes >= _INSERT_BYTES:
+            self._flush()
+
+    def finish(self) -> None:
+        """Commit: the table appears."""
+        self._flush()
+        native = self._cursor.native
+        if self._written != self._target:
+            name = quote_identifier(self._target[-1])
+            native.execute(f"DROP TABLE IF EXISTS {_qualified(self._target)}")
+            native.execute(f"ALTER TABLE {_qualified(self._written)} RENAME TO {name}")
+        self._cursor.check()
+        native.execute("COMMIT")
+        self._cursor.has_written = True
+
+    def _flush(self) -> None:
+        batches, self._waiting = self._waiting, []
+        self._waiting_bytes = 0
+        if batches:
+            self._run(self._insertion, batches)
+            self.rows += sum(batch.num_rows for batch in batches)
+
+    @property
+    def _insertion(self) -> str:
+        by_name = " BY NAME" if self._mode == "append" else ""
+        return f"INSERT INTO {_qualified(self._written)}{by_name} SELECT * FROM {_SOURCE}"
+
+    def _run(self, statement: str, batches: list[pa.RecordBatch]) -> list[Any]:
+        self._cursor.check()
+        native = self._cursor.native
+        native.register(_SOURCE, pa.RecordBatchReader.from_batches(self._schema, batches))
+        # After an error the name goes with the cursor; 2.x refuses to do anything in between.
+        rows = native.execute(statement).fetchall()
+        native.unregister(_SOURCE)
+        return rows
+
+
+def _qualified(table: tuple[str, ...]) -> str:
+    return ".".join(quote_identifier(part) for part in table)
+
+
+def _explained(error: Exception, mode: Mode) -> Exception:
+    """``error``, or what it means for an upload."""
+    if mode == "create" and isinstance(error, duckdb.CatalogException):
+        if "already exists" in str(error):
+            return Conflict(f"{error} Use mode replace or append.")
+    return error
 
 
 class _Source:
@@ -55,25 +159,19 @@ class _Source:
         try:
             # The body stands behind a header of any length; Arrow data must be aligned.
             self._stream = pa.ipc.open_stream(pa.py_buffer(bytes(body)))
-        except (pa.ArrowException, OSError) as error:
-            raise _broken(error) from error
-        if not self._stream.schema.names:
-            raise BadRequest("The Arrow IPC stream has no columns; a table needs at least one.")
+            self._schema = numbered(self._stream.schema)
+        except STREAM_ERRORS as error:
+            raise broken(error) from error
 
     def reader(self) -> pa.RecordBatchReader:
         """Its batches, each validated: DuckDB trusts offsets, and a bad one ends the process."""
-        schema = self._stream.schema
-        names = unique_names(tuple(Column(name, None) for name in schema.names))
-        schema = pa.schema(
-            [field.with_name(name) for field, name in zip(schema, names, strict=True)]
-        )
-        return pa.RecordBatchReader.from_batches(schema, self._batches(schema))
+        return pa.RecordBatchReader.from_batches(self._schema, self._batches())
 
-    def _batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    def _batches(self) -> Iterator[pa.RecordBatch]:
         try:
             for batch in self._stream:
                 batch.validate(full=True)
-                yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
-        except (pa.ArrowException, OSError) as error:
+                yield pa.RecordBatch.from_arrays(batch.columns, schema=self._schema)
+        except STREAM_ERRORS as error:
             self.failure = error
             raise

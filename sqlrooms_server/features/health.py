@@ -13,10 +13,28 @@ from sqlrooms_server.errors import ServerError
 from sqlrooms_server.features import MessageHandler, Route
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.protocol import PROTOCOL_VERSION, Hello, encode
-from sqlrooms_server.settings import Settings
+from sqlrooms_server.settings import UPLOAD_WINDOW_BYTES, Settings
 from sqlrooms_server.transport import Exchange, HttpRequest
 
 log = logging.getLogger(__name__)
+
+# What a client can rely on beyond the first published protocol, and what it always could.
+FEATURES = [
+    "arrow",
+    "json",
+    "exec",
+    "cancel",
+    "uploadArrow",
+    "params",
+    "timeout",
+    "maxRows",
+    "progress",
+    "format",
+    "compression",
+    "stream",
+    "sessions",
+    "chunkedUploads",
+]
 
 # A database that has not answered SELECT 1 by then is not ready, whatever holds it up.
 PROBE_SECONDS = 2.0
@@ -59,6 +77,7 @@ class Health:
             "maxMessageSize": self._settings.max_message_size,
             "maxSqlLength": self._settings.max_sql_length,
             "maxInFlight": self._settings.max_in_flight,
+            "uploadWindow": UPLOAD_WINDOW_BYTES,
         }
         peer.send(
             encode(
@@ -66,7 +85,7 @@ class Health:
                     "type": "welcome",
                     "protocol": PROTOCOL_VERSION,
                     "server": f"sqlrooms-server {__version__}",
-                    "features": ["arrow", "json", "exec", "cancel", "uploadArrow"],
+                    "features": FEATURES,
                     "limits": limits,
                     "connectionId": peer.id,
                 }

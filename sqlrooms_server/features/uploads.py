@@ -1,44 +1,225 @@
-"""``uploadArrow``: an Arrow IPC stream becomes a table."""
+"""``uploadArrow``: an Arrow IPC stream, in one message or in many, becomes a table."""
 
 from __future__ import annotations
 
+import threading
+from collections import Counter, deque
 from collections.abc import Mapping
 
 from sqlrooms_server.db.engine import Engine
-from sqlrooms_server.db.uploads import create_table
+from sqlrooms_server.db.ipc import PushedStream
+from sqlrooms_server.db.uploads import TableWriter, write_table
+from sqlrooms_server.errors import (
+    BadRequest,
+    Busy,
+    Conflict,
+    QueryId,
+    ServerError,
+    Timeout,
+    TooLarge,
+)
 from sqlrooms_server.features import MessageHandler, Route
 from sqlrooms_server.features.requests import Request, Requests
-from sqlrooms_server.jobs import Work
+from sqlrooms_server.jobs import Lane, Pause, Work
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.protocol import Upload, encode
+from sqlrooms_server.protocol import TableName, Upload, UploadChunk, UploadMode, encode
+from sqlrooms_server.settings import UPLOAD_WINDOW_BYTES, Settings
+from sqlrooms_server.timers import Timer
+
+# Chunked uploads of one connection at one time; each may hold its window and what it will write.
+MAX_UPLOADS = 8
+
+# Uploads that failed before their last chunk came, remembered for each connection.
+_MAX_ENDED = 1024
+
+
+class ChunkedUpload(Request):
+    """An upload under way. Chunks come from the loop thread, and go to the worker."""
+
+    def __init__(
+        self, requests: Requests, peer: Peer, first: UploadChunk, *, idle_timeout: float
+    ) -> None:
+        super().__init__(requests, peer, first.query_id)
+        # Whether the client has more chunks to send, taken or not.
+        self.goes_on = not first.last
+        self._has_last = False
+        self._next_seq = 0
+        self._idle_timeout = idle_timeout
+        self._idle: Timer | None = None
+        self._lock = threading.Lock()
+        self._chunks: deque[memoryview] = deque()
+        self._waiting_bytes = 0
+        self._consumed_bytes = 0
+
+    def add(self, chunk: UploadChunk) -> None:
+        """The next chunk arrived. One that must not come ends the upload."""
+        self.goes_on = not chunk.last
+        error = self._refusal(chunk)
+        if error is not None:
+            self.stop(error)
+            return
+        self._next_seq += 1
+        with self._lock:
+            self._chunks.append(chunk.body)
+            self._waiting_bytes += len(chunk.body)
+            self._has_last = chunk.last
+        self._restart_idle_timer()
+        if self.job is not None:
+            self.job.resume()
+
+    def take(self) -> tuple[list[memoryview], bool]:
+        """For the worker: what has come since the last call, and whether that is all."""
+        with self._lock:
+            chunks = list(self._chunks)
+            self._chunks.clear()
+            self._consumed_bytes += self._waiting_bytes
+            self._waiting_bytes = 0
+            consumed, last = self._consumed_bytes, self._has_last
+        if chunks:
+            self._requests.post(self._tell_consumed, consumed)
+        return chunks, last
+
+    def _refusal(self, chunk: UploadChunk) -> ServerError | None:
+        if self._has_last:
+            return BadRequest("A chunk of uploadArrow came after the last one.")
+        if chunk.seq != self._next_seq:
+            return BadRequest(f"The chunk with seq {self._next_seq} was expected, not {chunk.seq}.")
+        if self._waiting_bytes and self._waiting_bytes + len(chunk.body) > UPLOAD_WINDOW_BYTES:
+            return TooLarge(
+                f"Over {UPLOAD_WINDOW_BYTES} bytes of the upload wait (limits.uploadWindow); wait "
+                "for uploadProgress before sending more."
+            )
+        return None
+
+    def _tell_consumed(self, size: int) -> None:
+        if not self.answered:
+            message = {"type": "uploadProgress", "queryId": self.query_id, "bytes": size}
+            self.peer.send(encode(message))
+
+    def _restart_idle_timer(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+        self._idle = None
+        if not (self._has_last or self.answered):
+            self._idle = self._requests.timers.after(
+                self._idle_timeout, lambda: self._requests.post(self._look_whether_idle)
+            )
+
+    def _look_whether_idle(self) -> None:
+        if self._waiting_bytes:
+            # The client waits for the server, not the other way round.
+            self._restart_idle_timer()
+        elif not self._has_last:
+            self.stop(
+                Timeout(
+                    f"The upload did not go on for {self._idle_timeout:g} s "
+                    "(--stream-idle-timeout)."
+                )
+            )
+
+    def _answered(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+        self._chunks.clear()
+        super()._answered()
 
 
 class Uploads:
-    """Creates or replaces tables from what clients send."""
+    """Writes tables from what clients send."""
 
-    def __init__(self, engine: Engine, requests: Requests) -> None:
+    def __init__(self, engine: Engine, requests: Requests, settings: Settings) -> None:
         self._engine = engine
         self._requests = requests
+        self._settings = settings
+        # Uploads that wait for their client must not keep its queries waiting.
+        self._lanes: dict[Peer, Lane] = {}
+        self._under_way: Counter[Peer] = Counter()
+        self._ended: dict[Peer, dict[QueryId, None]] = {}
 
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
-        return {Upload: self._submit}
+        return {Upload: self._upload, UploadChunk: self._chunk}
 
     @property
     def routes(self) -> Mapping[str, Route]:
         return {}
 
     def closed(self, peer: Peer) -> None:
-        pass
+        self._lanes.pop(peer, None)
+        self._ended.pop(peer, None)
 
-    def _submit(self, peer: Peer, upload: Upload) -> None:
+    def _upload(self, peer: Peer, upload: Upload) -> None:
         request = Request(self._requests, peer, upload.query_id, size=len(upload.body))
-        self._requests.submit(request, self._work(request, upload))
+        self._requests.submit(request, self._write_whole(request, upload))
 
-    def _work(self, request: Request, upload: Upload) -> Work:
+    def _write_whole(self, request: Request, upload: Upload) -> Work:
         with self._engine.cursor() as cursor:
             request.cursor = cursor
-            create_table(self._engine, cursor, upload.table, upload.body)
+            write_table(self._engine, cursor, upload.table, upload.mode, upload.body)
         request.reply(encode({"type": "uploadAck", "queryId": upload.query_id}))
         return
         yield  # a job is a generator, also one that never pauses
+
+    def _chunk(self, peer: Peer, chunk: UploadChunk) -> None:
+        if chunk.table is not None:
+            self._begin(peer, chunk, chunk.table)
+            return
+        upload = self._requests.find(peer, chunk.query_id)
+        if isinstance(upload, ChunkedUpload):
+            upload.add(chunk)
+        elif chunk.query_id in self._ended.get(peer, {}):
+            if chunk.last:
+                del self._ended[peer][chunk.query_id]
+        else:
+            raise BadRequest("No such upload is under way; it begins with seq 0.", chunk.query_id)
+
+    def _begin(self, peer: Peer, chunk: UploadChunk, table: TableName) -> None:
+        query_id = chunk.query_id
+        if self._requests.find(peer, query_id) is not None:
+            raise Conflict(f"queryId {query_id!r} is in use by a query in flight.", query_id)
+        self._ended.get(peer, {}).pop(query_id, None)
+        self._under_way[peer] += 1
+        upload = ChunkedUpload(
+            self._requests, peer, chunk, idle_timeout=self._settings.stream_idle_timeout
+        )
+        upload.on_answered = lambda: self._note_end(upload)
+        if self._under_way[peer] > MAX_UPLOADS:
+            upload.refuse(
+                Busy(f"This connection has {MAX_UPLOADS} chunked uploads under way, the limit.")
+            )
+            return
+        lane = self._lanes.setdefault(peer, Lane(MAX_UPLOADS))
+        work = self._write_chunks(upload, table, chunk.mode)
+        if self._requests.submit(upload, work, lane):
+            upload.add(chunk)
+
+    def _note_end(self, upload: ChunkedUpload) -> None:
+        """Remember an upload of which more will come, so that the rest is ignored."""
+        self._under_way[upload.peer] -= 1
+        if not self._under_way[upload.peer]:
+            del self._under_way[upload.peer]
+        if upload.goes_on and upload.peer in self._lanes:
+            ended = self._ended.setdefault(upload.peer, {})
+            ended[upload.query_id] = None
+            if len(ended) > _MAX_ENDED:
+                del ended[next(iter(ended))]
+
+    def _write_chunks(self, upload: ChunkedUpload, table: TableName, mode: UploadMode) -> Work:
+        stream = PushedStream(self._settings.max_message_size)
+        with self._engine.cursor() as cursor:
+            upload.cursor = cursor
+            writer = TableWriter(cursor, table, mode)
+            last = False
+            while not last:
+                chunks, last = upload.take()
+                for chunk in chunks:
+                    batches = stream.feed(chunk)
+                    if stream.schema is not None:
+                        writer.begin(stream.schema)
+                    for batch in batches:
+                        writer.add(batch)
+                if not last:
+                    yield Pause.TURN if chunks else Pause.FULL
+            stream.finish()
+            writer.finish()
+        upload.reply(encode({"type": "uploadAck", "queryId": upload.query_id, "rows": writer.rows}))

@@ -1,0 +1,213 @@
+"""An Arrow IPC stream that arrives in pieces, cut anywhere.
+
+Arrow's own reader wants a file that blocks. It is given one that holds complete messages only,
+and is asked for a batch only when there is one: the lengths of messages are read here, by the
+format in https://arrow.apache.org/docs/format/Columnar.html#encapsulated-message-format.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from typing import Any
+
+import pyarrow as pa
+
+from sqlrooms_server.db.columns import Column, unique_names
+from sqlrooms_server.errors import BadRequest
+
+# What Arrow raises for a damaged stream. ValueError: names and messages that are no UTF-8.
+STREAM_ERRORS = (pa.ArrowException, OSError, ValueError)
+
+_CONTINUATION = 0xFFFFFFFF
+_MAX_METADATA = 64 << 20
+
+# Types of messages in the metadata.
+_SCHEMA, _DICTIONARY, _RECORD_BATCH = 1, 2, 3
+
+# Fields of the flatbuffer table Message.
+_HEADER_TYPE, _BODY_LENGTH = 1, 3
+
+
+class PushedStream:
+    """Reads batches from the pieces it is fed. Raises ``BadRequest`` for what is no stream.
+
+    Every batch is validated: DuckDB trusts offsets, and a bad one ends the process. A message may
+    have ``max_message`` bytes.
+    """
+
+    def __init__(self, max_message: int) -> None:
+        self.schema: pa.Schema | None = None
+        self._max_message = max_message
+        self._pieces: deque[memoryview] = deque()
+        self._available = 0
+        # Of the message under way: its size, once its metadata is here, and its type.
+        self._size: int | None = None
+        self._type = 0
+        self._ended = False
+        self._complete = _CompleteMessages()
+        self._reader: Any = None
+
+    def feed(self, data: memoryview) -> list[pa.RecordBatch]:
+        """The batches that ``data`` completes."""
+        self._pieces.append(data)
+        self._available += len(data)
+        batches = []
+        while self._message_is_complete():
+            assert self._size is not None
+            if self._size == 0:
+                self._ended = True
+                continue
+            self._complete.add(self._take(self._size))
+            self._size = None
+            if self._type == _SCHEMA:
+                self._open()
+            elif self._type == _RECORD_BATCH:
+                batches.append(self._next_batch())
+        return batches
+
+    def finish(self) -> None:
+        """There is no more data."""
+        if self.schema is None:
+            raise BadRequest("The body of uploadArrow ends before its schema does.")
+        if self._available and not self._ended:
+            raise BadRequest("The body of uploadArrow ends in the middle of a message.")
+
+    def _message_is_complete(self) -> bool:
+        if self._ended:
+            if self._available:
+                raise BadRequest("The body of uploadArrow goes on after the end of its stream.")
+            return False
+        if self._size is None:
+            self._read_size()
+        return self._size is not None and self._available >= self._size
+
+    def _read_size(self) -> None:
+        """Set the size and type of the message under way, when enough of it is here."""
+        if self._available < 8:
+            return
+        first, second = struct.unpack("<II", self._peek(8))
+        # Streams from before Arrow 0.15 have no continuation mark.
+        start, length = (8, second) if first == _CONTINUATION else (4, first)
+        if length == 0:
+            self._take(start)
+            self._size = 0
+            return
+        if length > _MAX_METADATA:
+            raise broken(f"the metadata of a message has {length} bytes")
+        if self._available < start + length:
+            return
+        metadata = self._peek(start + length)[start:]
+        try:
+            self._type, body = _type_and_body_length(metadata)
+        except (struct.error, IndexError) as error:
+            raise broken("the metadata of a message cannot be read") from error
+        if self._type not in (_SCHEMA, _DICTIONARY, _RECORD_BATCH):
+            raise broken(f"it holds a message of type {self._type}")
+        if (self._type == _SCHEMA) != (self.schema is None):
+            raise broken("it must begin with a schema, and have one")
+        if not 0 <= body <= self._max_message:
+            raise BadRequest(
+                f"A message in the body of uploadArrow has {body} bytes; at most "
+                f"{self._max_message} are allowed (--max-message-size). Send smaller batches."
+            )
+        self._size = start + length + body
+
+    def _peek(self, size: int) -> bytes:
+        parts = []
+        for piece in self._pieces:
+            parts.append(piece[:size])
+            size -= len(parts[-1])
+            if not size:
+                break
+        return b"".join(parts)
+
+    def _take(self, size: int) -> list[memoryview]:
+        self._available -= size
+        taken = []
+        while size:
+            piece = self._pieces.popleft()
+            taken.append(piece[:size])
+            if len(piece) > size:
+                self._pieces.appendleft(piece[size:])
+            size -= len(taken[-1])
+        return taken
+
+    def _open(self) -> None:
+        try:
+            self._reader = pa.ipc.open_stream(pa.PythonFile(self._complete, "r"))
+            self.schema = numbered(self._reader.schema)
+        except STREAM_ERRORS as error:
+            raise broken(error) from error
+
+    def _next_batch(self) -> pa.RecordBatch:
+        try:
+            batch = self._reader.read_next_batch()
+            batch.validate(full=True)
+        except (*STREAM_ERRORS, StopIteration) as error:
+            raise broken(error) from error
+        return pa.RecordBatch.from_arrays(batch.columns, schema=self.schema)
+
+
+class _CompleteMessages:
+    """A file for Arrow's reader that holds what it will read next, and nothing less."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self._pieces: deque[memoryview] = deque()
+
+    def add(self, pieces: list[memoryview]) -> None:
+        self._pieces.extend(pieces)
+
+    def read(self, size: int) -> bytes:
+        # A copy, because Arrow data must be aligned and pieces begin anywhere.
+        parts = []
+        while size and self._pieces:
+            piece = self._pieces.popleft()
+            parts.append(piece[:size])
+            if len(piece) > size:
+                self._pieces.appendleft(piece[size:])
+            size -= len(parts[-1])
+        return b"".join(parts)
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+def numbered(schema: pa.Schema) -> pa.Schema:
+    """``schema`` with columns of one name numbered, as a table needs it.
+
+    Raises ``BadRequest`` when there are no columns.
+    """
+    if not schema.names:
+        raise BadRequest("The Arrow IPC stream has no columns; a table needs at least one.")
+    names = unique_names(tuple(Column(name, None) for name in schema.names))
+    return pa.schema([field.with_name(name) for field, name in zip(schema, names, strict=True)])
+
+
+def _type_and_body_length(metadata: bytes) -> tuple[int, int]:
+    """The header type and body length in the flatbuffer of a ``Message``."""
+    (table,) = struct.unpack_from("<I", metadata, 0)
+    (to_vtable,) = struct.unpack_from("<i", metadata, table)
+    vtable = table - to_vtable
+    if vtable < 0:
+        raise IndexError("vtable before the buffer")
+    (vtable_size,) = struct.unpack_from("<H", metadata, vtable)
+
+    def field(index: int, format: str) -> int:
+        entry = 4 + 2 * index
+        if entry + 2 > vtable_size:
+            return 0
+        (offset,) = struct.unpack_from("<H", metadata, vtable + entry)
+        return int(struct.unpack_from(format, metadata, table + offset)[0]) if offset else 0
+
+    return field(_HEADER_TYPE, "<B"), field(_BODY_LENGTH, "<q")
+
+
+def broken(reason: object) -> BadRequest:
+    """The error for a stream that cannot be read."""
+    return BadRequest(f"The body of uploadArrow is not a valid Arrow IPC stream: {reason}")
