@@ -24,7 +24,7 @@ else:
 
 ENVIRONMENT_PREFIX = "SQLROOMS_"
 
-# Of a chunked upload under way. The server also keeps 16 MiB that it will write at one time.
+# Of a chunked upload: what may have been sent and not yet been consumed.
 UPLOAD_WINDOW_BYTES = 32 << 20
 
 _SIZE = re.compile(r"(\d+)\s*(B|KB|MB|GB|KiB|MiB|GiB)?", re.IGNORECASE)

@@ -19,9 +19,6 @@ Mode = Literal["replace", "create", "append"]
 # Registered names belong to the cursor, so uploads at one time do not meet.
 _SOURCE = "__sqlrooms_upload"
 
-# Each insert costs a millisecond; more at a time only holds more memory.
-_INSERT_BYTES = 16 << 20
-
 
 def write_table(
     engine: Engine, cursor: Cursor, table: tuple[str, ...], mode: Mode, body: memoryview
@@ -73,8 +70,6 @@ class TableWriter:
         if mode == "replace":
             self._written = (*table[:-1], f"__sqlrooms_upload_{secrets.token_hex(8)}")
         self._schema: pa.Schema | None = None
-        self._waiting: list[pa.RecordBatch] = []
-        self._waiting_bytes = 0
 
     def begin(self, schema: pa.Schema) -> None:
         """Begin the transaction and find out whether ``schema`` fits. Later calls do nothing."""
@@ -86,9 +81,9 @@ class TableWriter:
         # Neither CREATE TABLE AS nor INSERT of no rows: what the same transaction inserts then is
         # invisible to 1.5.6 until a checkpoint, and has no statistics on 2.0.0: sum() is NULL.
         if self._mode == "append":
-            self._run(f"EXPLAIN {self._insertion}", [])
+            self._run(f"EXPLAIN {self._insertion}", iter(()))
         else:
-            described = self._run(f"DESCRIBE SELECT * FROM {_SOURCE}", [])
+            described = self._run(f"DESCRIBE SELECT * FROM {_SOURCE}", iter(()))
             columns = ", ".join(f"{quote_identifier(row[0])} {row[1]}" for row in described)
             statement = f"CREATE TABLE {_qualified(self._written)} ({columns})"
             try:
@@ -96,18 +91,12 @@ class TableWriter:
             except duckdb.Error as error:
                 raise _explained(error, self._mode) from error
 
-    def add(self, batch: pa.RecordBatch) -> None:
-        """Write ``batch``, now or together with later ones."""
-        if not batch.num_rows:
-            return
-        self._waiting.append(batch)
-        self._waiting_bytes += batch.nbytes
-        if self._waiting_bytes >= _INSERT_BYTES:
-            self._flush()
+    def insert(self, batches: Iterator[pa.RecordBatch]) -> None:
+        """Write ``batches``, at least one and all with rows, as DuckDB asks for them."""
+        self.rows += self._run(self._insertion, batches)[0][0]
 
     def finish(self) -> None:
         """Commit: the table appears."""
-        self._flush()
         native = self._cursor.native
         if self._written != self._target:
             name = quote_identifier(self._target[-1])
@@ -117,26 +106,42 @@ class TableWriter:
         native.execute("COMMIT")
         self._cursor.has_written = True
 
-    def _flush(self) -> None:
-        batches, self._waiting = self._waiting, []
-        self._waiting_bytes = 0
-        if batches:
-            self._run(self._insertion, batches)
-            self.rows += sum(batch.num_rows for batch in batches)
-
     @property
     def _insertion(self) -> str:
         by_name = " BY NAME" if self._mode == "append" else ""
         return f"INSERT INTO {_qualified(self._written)}{by_name} SELECT * FROM {_SOURCE}"
 
-    def _run(self, statement: str, batches: list[pa.RecordBatch]) -> list[Any]:
+    def _run(self, statement: str, batches: Iterator[pa.RecordBatch]) -> list[Any]:
         self._cursor.check()
         native = self._cursor.native
-        native.register(_SOURCE, pa.RecordBatchReader.from_batches(self._schema, batches))
+        source = _Guarded(batches)
+        native.register(_SOURCE, pa.RecordBatchReader.from_batches(self._schema, source))
         # After an error the name goes with the cursor; 2.x refuses to do anything in between.
-        rows = native.execute(statement).fetchall()
+        try:
+            rows = native.execute(statement).fetchall()
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
+            if source.failure is not None:
+                raise source.failure from error
+            raise
+        if source.failure is not None:
+            raise source.failure
         native.unregister(_SOURCE)
         return rows
+
+
+class _Guarded:
+    """Batches for DuckDB, and why there are no more of them."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
+        self.failure: Exception | None = None
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        try:
+            yield from self._batches
+        except Exception as error:  # re-raised; DuckDB would keep only its text
+            self.failure = error
+            raise
 
 
 def _qualified(table: tuple[str, ...]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.ipc import PushedStream
@@ -26,7 +27,11 @@ from sqlrooms_server.protocol import TableName, Upload, UploadChunk, UploadMode,
 from sqlrooms_server.settings import UPLOAD_WINDOW_BYTES, Settings
 from sqlrooms_server.timers import Timer
 
-# Chunked uploads of one connection at one time; each may hold its window and what it will write.
+# A worker inserts on while the next chunk comes within this time, which is twice as fast as many
+# small inserts; then it lets the client keep others waiting no longer.
+_PATIENCE_SECONDS = 0.02
+
+# Chunked uploads of one connection at one time; each may hold its window and a message.
 MAX_UPLOADS = 8
 
 # Uploads that failed before their last chunk came, remembered for each connection.
@@ -46,7 +51,7 @@ class ChunkedUpload(Request):
         self._next_seq = 0
         self._idle_timeout = idle_timeout
         self._idle: Timer | None = None
-        self._lock = threading.Lock()
+        self._arrived = threading.Condition()
         self._chunks: deque[memoryview] = deque()
         self._waiting_bytes = 0
         self._consumed_bytes = 0
@@ -59,17 +64,23 @@ class ChunkedUpload(Request):
             self.stop(error)
             return
         self._next_seq += 1
-        with self._lock:
+        with self._arrived:
             self._chunks.append(chunk.body)
             self._waiting_bytes += len(chunk.body)
             self._has_last = chunk.last
+            self._arrived.notify()
         self._restart_idle_timer()
         if self.job is not None:
             self.job.resume()
 
-    def take(self) -> tuple[list[memoryview], bool]:
-        """For the worker: what has come since the last call, and whether that is all."""
-        with self._lock:
+    def take(self, patience: float) -> tuple[list[memoryview], bool]:
+        """For the worker: what has come since the last call, and whether that is all.
+
+        Waits up to ``patience`` seconds for something to come.
+        """
+        with self._arrived:
+            if patience and not self._chunks and not self._has_last:
+                self._arrived.wait(patience)
             chunks = list(self._chunks)
             self._chunks.clear()
             self._consumed_bytes += self._waiting_bytes
@@ -205,21 +216,55 @@ class Uploads:
                 del ended[next(iter(ended))]
 
     def _write_chunks(self, upload: ChunkedUpload, table: TableName, mode: UploadMode) -> Work:
-        stream = PushedStream(self._settings.max_message_size)
+        arriving = _Arriving(upload, PushedStream(self._settings.max_message_size))
         with self._engine.cursor() as cursor:
             upload.cursor = cursor
             writer = TableWriter(cursor, table, mode)
-            last = False
-            while not last:
-                chunks, last = upload.take()
-                for chunk in chunks:
-                    batches = stream.feed(chunk)
-                    if stream.schema is not None:
-                        writer.begin(stream.schema)
-                    for batch in batches:
-                        writer.add(batch)
-                if not last:
-                    yield Pause.TURN if chunks else Pause.FULL
-            stream.finish()
+            while True:
+                batch = arriving.next(0.0)
+                if arriving.schema is not None:
+                    writer.begin(arriving.schema)
+                if batch is not None:
+                    writer.insert(arriving.from_here(batch))
+                elif arriving.ended:
+                    break
+                else:
+                    yield Pause.FULL
             writer.finish()
         upload.reply(encode({"type": "uploadAck", "queryId": upload.query_id, "rows": writer.rows}))
+
+
+class _Arriving:
+    """The batches of an upload, as they come. For the worker, and DuckDB's threads under it.
+
+    ``ended`` is set when the client has nothing more to send.
+    """
+
+    def __init__(self, upload: ChunkedUpload, stream: PushedStream) -> None:
+        self.ended = False
+        self._upload = upload
+        self._stream = stream
+        self._ready: deque[Any] = deque()
+
+    @property
+    def schema(self) -> Any:
+        """The Arrow schema; None as long as it has not come."""
+        return self._stream.schema
+
+    def next(self, patience: float) -> Any:
+        """The next batch that has rows; None when none came in ``patience`` seconds, or ended."""
+        while not self._ready and not self.ended:
+            chunks, self.ended = self._upload.take(patience)
+            if not chunks and not self.ended:
+                return None
+            for chunk in chunks:
+                self._ready.extend(batch for batch in self._stream.feed(chunk) if batch.num_rows)
+            if self.ended:
+                self._stream.finish()
+        return self._ready.popleft() if self._ready else None
+
+    def from_here(self, batch: Any) -> Iterator[Any]:
+        """``batch`` and those after it, until the client makes a pause."""
+        while batch is not None:
+            yield batch
+            batch = self.next(_PATIENCE_SECONDS)
