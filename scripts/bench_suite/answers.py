@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -44,6 +44,26 @@ class Query:
 
     def expect_rows(self, rows: int) -> None:
         _expect("rows", rows, self.rows)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An Arrow IPC stream of one batch, repeated."""
+
+    batch: pa.RecordBatch
+    count: int
+
+    @property
+    def rows(self) -> int:
+        return self.batch.num_rows * self.count
+
+    def messages(self) -> Iterator[tuple[bytes, bool]]:
+        """The messages of the stream, and whether each is the last."""
+        yield self.batch.schema.serialize().to_pybytes(), False
+        message = self.batch.serialize().to_pybytes()
+        for _ in range(self.count):
+            yield message, False
+        yield b"\xff\xff\xff\xff\0\0\0\0", True
 
 
 def _expect(what: str, found: object, right: object) -> None:
@@ -131,3 +151,30 @@ LARGE = Query(
     _LARGE_ROWS,
     _check_large,
 )
+
+
+STREAM_ROWS = 200_000
+
+
+def numbered(number: int) -> Query:
+    """One of many queries whose answers differ."""
+
+    def check(table: pa.Table) -> None:
+        _expect(
+            "sum", pc.sum(table.column("a")).as_py(), _sum_to(STREAM_ROWS) + number * STREAM_ROWS
+        )
+
+    return Query(f"select range + {number} as a from range({STREAM_ROWS})", STREAM_ROWS, check)
+
+
+def gigabyte() -> Upload:
+    """1 GB of integers, doubles and short texts."""
+    rows = 1 << 16
+    batch = pa.record_batch(
+        {
+            "i": pa.array(range(rows), pa.int64()),
+            "d": pa.array([number / 2 for number in range(rows)]),
+            "s": pa.array([f"t{number % 1000:04d}" for number in range(rows)]),
+        }
+    )
+    return Upload(batch, round(1e9 / len(batch.serialize())))

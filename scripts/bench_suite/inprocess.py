@@ -15,7 +15,7 @@ from time import perf_counter
 import duckdb
 import pyarrow as pa
 
-from .answers import LARGE, MIXED, ONE, Query
+from .answers import LARGE, MIXED, ONE, Query, Upload, WrongAnswer, gigabyte
 from .load import Rate, Sample, Stream
 from .plan import FULL, QUICK, Effort
 from .servers import Usage
@@ -101,10 +101,53 @@ def _large(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
     return large_sample(answer, usage.peak_memory() - before)
 
 
+class _Pieces:
+    """A file that Arrow reads an upload from."""
+
+    closed = False
+
+    def __init__(self, data: Upload) -> None:
+        self._messages = data.messages()
+        self._rest = memoryview(b"")
+
+    def read(self, size: int) -> bytes:
+        parts = []
+        while size:
+            if not self._rest:
+                self._rest = memoryview(next(self._messages, (b"", True))[0])
+                if not self._rest:
+                    break
+            parts.append(self._rest[:size])
+            self._rest = self._rest[size:]
+            size -= len(parts[-1])
+        return b"".join(parts)
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+def _upload(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
+    _repeat(database, ONE, effort.warm_up)
+    data = gigabyte()
+    size = sum(len(message) for message, _ in data.messages())
+    began = perf_counter()
+    database.register("source", pa.ipc.open_stream(pa.PythonFile(_Pieces(data), "r")))
+    database.execute("create table t as from source")
+    seconds = perf_counter() - began
+    found = database.execute("select count(*) from t").fetchall()
+    if found != [(data.rows,)]:
+        raise WrongAnswer(f"{found} instead of {data.rows} rows")
+    return {"mbps": size / 1e6 / seconds}
+
+
 RUNS: dict[str, Callable[[duckdb.DuckDBPyConnection, Effort], Sample]] = {
     "one": _one,
     "mixed": _mixed,
     "large": _large,
+    "upload": _upload,
 }
 
 

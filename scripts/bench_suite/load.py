@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 import selectors
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 from time import perf_counter
+from typing import Any
 
-from .answers import Query, WrongAnswer
-from .replies import Answers, Message, Passing, Whole, arrow_reply
+from .answers import Query, Upload, WrongAnswer
+from .replies import (
+    Answers,
+    Chunks,
+    Message,
+    Passing,
+    UploadReplies,
+    Whole,
+    arrow_header,
+    arrow_reply,
+)
 from .websocket import SILENCE, Connection, Disconnected
 
 Sample = dict[str, float]
@@ -136,6 +147,84 @@ def stream(connection: Connection, query: Query) -> Stream:
     )
 
 
+def chunked_stream(connection: Connection, query: Query, window: int) -> Stream:
+    """Ask once for chunks, let them pass, and acknowledge half a window at a time."""
+    chunks = Chunks()
+    asked = perf_counter()
+    connection.send(_question("arrow", query.sql, "chunked", stream=True, window=window))
+    acknowledged = 0
+    while not chunks.ended:
+        connection.receive(chunks)
+        if chunks.scan.size - acknowledged > window // 2 and not chunks.ended:
+            acknowledged = chunks.scan.size
+            connection.send(_message("ack", queryId="chunked", bytes=acknowledged))
+    done = perf_counter()
+    query.expect_rows(chunks.scan.rows)
+    return Stream(
+        size=chunks.scan.size,
+        first_byte=chunks.first_byte - asked,
+        first_rows=chunks.first_rows - asked,
+        seconds=done - asked,
+    )
+
+
+def first_rows_of_client(port: int, query: Query) -> float:
+    """When the Python client hands out the first batch, as a part of the time of all."""
+    from sqlrooms_server.client import connect
+
+    with connect(f"ws://127.0.0.1:{port}") as client:
+        asked = perf_counter()
+        first, rows = 0.0, 0
+        for batch in client.query(query.sql):
+            first = first or perf_counter() - asked
+            rows += batch.num_rows
+        whole = perf_counter() - asked
+    query.expect_rows(rows)
+    return first / whole
+
+
+def streams_at_once(connection: Connection, queries: Sequence[Query]) -> float:
+    """Ask for all at once in chunks, decode and check every answer; MB/s of all together."""
+    whole = Whole()
+    bodies = [bytearray() for _ in queries]
+    open_streams = set(range(len(queries)))
+    asked = perf_counter()
+    for number, query in enumerate(queries):
+        connection.send(_question("arrow", query.sql, str(number), stream=True))
+    while open_streams:
+        connection.receive(whole)
+        for reply in whole.take():
+            head_size = 4 + int.from_bytes(reply[1][:4], "big")
+            number_text, body = arrow_reply(reply)
+            bodies[int(number_text)] += body
+            if arrow_header(reply[1][:head_size])["last"]:
+                open_streams.remove(int(number_text))
+    seconds = perf_counter() - asked
+    for query, stream_body in zip(queries, bodies, strict=True):
+        query.decode(stream_body)
+    return sum(map(len, bodies)) / 1e6 / seconds
+
+
+def upload(connection: Connection, data: Upload, window: int) -> float:
+    """Upload to table `t` within `window` bytes; MB/s."""
+    replies = UploadReplies()
+    sent = 0
+    began = perf_counter()
+    for seq, (message, last) in enumerate(data.messages()):
+        while sent and sent - replies.consumed + len(message) > window:
+            connection.receive(replies)
+        fields = {"queryId": "u", "tableName": "t", "seq": seq, "last": last}
+        header = _message("uploadArrow", **fields)
+        connection.send_binary(len(header).to_bytes(4, "big") + header, message)
+        sent += len(message)
+    while replies.rows is None:
+        connection.receive(replies)
+    seconds = perf_counter() - began
+    if replies.rows != data.rows:
+        raise WrongAnswer(f"{replies.rows} rows instead of {data.rows}")
+    return sent / 1e6 / seconds
+
+
 class _Client:
     """One of many connections, with the time at which each of its open questions was asked."""
 
@@ -150,8 +239,12 @@ class _Client:
         self.connection.send(question)
 
 
-def _question(kind: str, sql: str, query_id: str) -> bytes:
-    return json.dumps({"type": kind, "sql": sql, "queryId": query_id}).encode()
+def _question(kind: str, sql: str, query_id: str, **options: Any) -> bytes:
+    return _message(kind, sql=sql, queryId=query_id, **options)
+
+
+def _message(kind: str, **fields: Any) -> bytes:
+    return json.dumps({"type": kind, **fields}).encode()
 
 
 def _reply(connection: Connection, whole: Whole) -> Message:

@@ -31,11 +31,17 @@ class Metric:
 
 @dataclass(frozen=True)
 class Workload:
-    """A name for `--only`, the metrics found, and whether the engine alone can do it too."""
+    """A name for `--only`, the metrics found, and who besides ours can do it too."""
 
     name: str
     metrics: tuple[Metric, ...]
     in_process: bool
+    published: bool = True
+
+    @property
+    def subjects(self) -> list[str]:
+        able = {"published": self.published, "ours": True, "in-process": self.in_process}
+        return [subject for subject in SUBJECTS if able[subject]]
 
 
 WORKLOADS = (
@@ -75,6 +81,28 @@ WORKLOADS = (
         in_process=True,
     ),
     Workload(
+        "chunked",
+        (
+            Metric("mbps", "30 M rows in chunks", "MB/s", True),
+            Metric("share", "  to one message", "x", True, required=0.9, absolute=True),
+            Metric("client", "  first rows, client", "x", False, required=1 / 20, absolute=True),
+        ),
+        in_process=False,
+        published=False,
+    ),
+    Workload(
+        "streams",
+        (Metric("mbps", "50 streams at once", "MB/s", True),),
+        in_process=False,
+        published=False,
+    ),
+    Workload(
+        "upload",
+        (Metric("mbps", "1 GB in", "MB/s", True, bound=0.8),),
+        in_process=True,
+        published=False,
+    ),
+    Workload(
         "idle",
         (
             # The aim is none at all, met by what rounds to 0.0 %: a timer a second is a little.
@@ -98,13 +126,31 @@ class Effort:
 
 
 FULL = Effort(
-    {"one": 7, "many": 7, "mixed": 7, "large": 5, "idle": 3},
+    {
+        "one": 7,
+        "many": 7,
+        "mixed": 7,
+        "large": 5,
+        "chunked": 5,
+        "streams": 3,
+        "upload": 5,
+        "idle": 3,
+    },
     warm_up=0.5,
     window=2.0,
     mixed_answers=5,
 )
 QUICK = Effort(
-    {"one": 2, "many": 2, "mixed": 2, "large": 1, "idle": 1},
+    {
+        "one": 2,
+        "many": 2,
+        "mixed": 2,
+        "large": 1,
+        "chunked": 1,
+        "streams": 1,
+        "upload": 1,
+        "idle": 1,
+    },
     warm_up=0.2,
     window=1.0,
     mixed_answers=3,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from time import perf_counter
+from typing import Any
 
 from .answers import Query, WrongAnswer
 from .arrow_scan import BrokenStream, StreamScan
@@ -22,14 +23,19 @@ def arrow_reply(message: Message) -> tuple[str, memoryview]:
 
 
 def query_id(head: bytearray) -> str:
-    """The query id in the head of an Arrow reply: four bytes of length, then JSON."""
+    """The query id in the head of an Arrow reply."""
+    return str(arrow_header(head).get("queryId"))
+
+
+def arrow_header(head: bytearray) -> dict[str, Any]:
+    """The header in the head of an Arrow reply: four bytes of length, then JSON."""
     try:
-        header = json.loads(head[4:])
+        header: dict[str, Any] = json.loads(head[4:])
     except ValueError as error:
         raise WrongAnswer(f"header {bytes(head[:300])!r}: {error}") from error
     if header.get("type") != "arrow":
         raise WrongAnswer(f"header {header!r}")
-    return str(header.get("queryId"))
+    return header
 
 
 class Answers:
@@ -118,3 +124,51 @@ class Passing:
         rest = memoryview(bytes(self._head[self._head_size :]))
         del self._head[self._head_size :]
         return rest
+
+
+class Chunks(Passing):
+    """A receiver that lets one large answer pass that comes in chunks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seq = 0
+
+    def end(self, binary: bool) -> None:
+        if self.ended or not binary:
+            raise WrongAnswer(f"a query was answered with {bytes(self._head[:300])!r}")
+        header = arrow_header(self._head)
+        if header.get("seq") != self._seq:
+            raise WrongAnswer(f"chunk {self._seq} came as {header!r}")
+        self._seq += 1
+        self.ended = header["last"]
+        if self.ended:
+            if not self.scan.complete:
+                raise WrongAnswer("the Arrow stream has no end")
+            if (header["rows"], header["bytes"]) != (self.scan.rows, self.scan.size):
+                raise WrongAnswer(f"the summary does not fit: {header!r}")
+        else:
+            self._head.clear()
+            self._head_size = 0
+            self._head_complete = False
+
+
+class UploadReplies:
+    """A receiver for the answers to an upload in chunks."""
+
+    def __init__(self) -> None:
+        self.consumed = 0
+        self.rows: int | None = None
+        self._current = bytearray()
+
+    def piece(self, data: memoryview) -> None:
+        self._current += data
+
+    def end(self, binary: bool) -> None:
+        message = json.loads(self._current)
+        self._current.clear()
+        if message["type"] == "uploadProgress":
+            self.consumed = message["bytes"]
+        elif message["type"] == "uploadAck":
+            self.rows = message["rows"]
+        else:
+            raise WrongAnswer(f"an upload was answered with {message!r}")

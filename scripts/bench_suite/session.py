@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .answers import WrongAnswer
 from .load import Sample
-from .plan import FULL, QUICK, SUBJECTS, Effort, Workload
+from .plan import FULL, QUICK, Effort, Workload
 from .servers import ServerFailed, running
 from .workloads import RUNS
 
@@ -49,7 +49,7 @@ class Session:
         versions = {"ours": _versions(self.ours), "published": _versions(self.published)}
         sheet = Sheet(self.duckdb, versions)
         for workload in workloads:
-            subjects = [s for s in SUBJECTS if s != "in-process" or workload.in_process]
+            subjects = workload.subjects
             found = sheet.samples[workload.name] = {subject: [] for subject in subjects}
             failed: set[str] = set()
             for repetition in range(self._effort.repetitions[workload.name]):

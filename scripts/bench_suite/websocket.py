@@ -74,6 +74,14 @@ class Connection:
         """Send one text message."""
         self._socket.sendall(_frame(_TEXT, text))
 
+    def send_binary(self, head: bytes, body: bytes) -> None:
+        """Send one binary message in two parts, so that a large body is not copied."""
+        # Always with a length of 8 bytes, which any receiver accepts.
+        size = len(head) + len(body)
+        frame = struct.pack("!BBQI", _FIN | _BINARY, _MASKED | 127, size, 0)
+        self._socket.sendall(frame + head)
+        self._socket.sendall(body)
+
     def receive(self, receiver: Receiver) -> None:
         """Hand on what one read brings. May be none, one or several messages."""
         try:

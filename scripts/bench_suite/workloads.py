@@ -6,7 +6,7 @@ from collections.abc import Callable
 from statistics import median
 
 from . import load
-from .answers import LARGE, MIXED, ONE
+from .answers import LARGE, MIXED, ONE, gigabyte, numbered
 from .load import Sample
 from .plan import Effort
 from .replies import Whole
@@ -14,6 +14,12 @@ from .servers import Server
 from .websocket import Connection
 
 CONNECTIONS, IN_FLIGHT = 8, 4
+STREAMS = 50
+CHUNKED_PAIRS = 3
+
+# Bytes under way: of a chunked result, and of an upload, where the server allows 32 MiB.
+WINDOW = 16 << 20
+UPLOAD_WINDOW = 32 << 20
 
 Run = Callable[[Server, Effort, bool], Sample]
 """Takes a fresh server, the effort, and whether to decode the answer even where that is dear."""
@@ -63,6 +69,32 @@ def large_sample(answer: load.Stream, growth: int) -> Sample:
     }
 
 
+def _chunked(server: Server, effort: Effort, _: bool) -> Sample:
+    with Connection(server.port) as connection:
+        load.one_at_a_time(connection, ONE, effort.warm_up)
+        pairs = [
+            (load.stream(connection, LARGE), load.chunked_stream(connection, LARGE, WINDOW))
+            for _ in range(CHUNKED_PAIRS)
+        ]
+    one = median(first.megabytes_per_second for first, _ in pairs)
+    chunked = median(second.megabytes_per_second for _, second in pairs)
+    client = load.first_rows_of_client(server.port, LARGE)
+    return {"mbps": chunked, "share": chunked / one, "client": client}
+
+
+def _streams(server: Server, effort: Effort, _: bool) -> Sample:
+    with Connection(server.port) as connection:
+        load.one_at_a_time(connection, ONE, effort.warm_up)
+        queries = [numbered(number) for number in range(STREAMS)]
+        return {"mbps": load.streams_at_once(connection, queries)}
+
+
+def _upload(server: Server, effort: Effort, _: bool) -> Sample:
+    with Connection(server.port) as connection:
+        load.one_at_a_time(connection, ONE, effort.warm_up)
+        return {"mbps": load.upload(connection, gigabyte(), UPLOAD_WINDOW)}
+
+
 def _idle(server: Server, effort: Effort, _: bool) -> Sample:
     with Connection(server.port) as connection:
         load.decode(connection, ONE)
@@ -78,5 +110,8 @@ RUNS: dict[str, Run] = {
     "many": _many,
     "mixed": _mixed,
     "large": _large,
+    "chunked": _chunked,
+    "streams": _streams,
+    "upload": _upload,
     "idle": _idle,
 }
