@@ -15,6 +15,9 @@ from sqlrooms_server.protocol import Ack, arrow_prefix
 from sqlrooms_server.timers import Timer
 from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Chunk, Pull
 
+# A message ends above it. Each costs a header, calls of the library and a wake-up of the client.
+FRAME_BYTES = 1 << 20
+
 
 class ChunkedRequest(Request):
     """A request whose result is a sequence of messages; a :class:`transport.FrameSource`.
@@ -62,26 +65,39 @@ class ChunkedRequest(Request):
         self._has_moved()
         self._start_stream()
 
-    def pull_frame(self) -> tuple[bytes, Chunk] | Pull:
+    def pull_frame(self) -> list[Chunk] | Pull:
         if self.answered or self._outbox is None:
             return Pull.WITHDRAWN
-        limit = FRAGMENT_BYTES
-        if self._window is not None:
-            limit = min(limit, self._window - (self._sent_bytes - self._acked_bytes))
+        pieces: list[Chunk] = []
+        size, last = 0, False
+        while size < FRAME_BYTES and not last:
+            limit = self._room(size)
             if limit <= 0:
-                self._wait_for_acks()
-                return Pull.NOT_READY
-        pulled = self._outbox.pull(limit)
-        if isinstance(pulled, Pull):
-            return pulled
-        body, last = pulled
-        self._sent_bytes += len(body)
+                break
+            pulled = self._outbox.pull(limit)
+            if isinstance(pulled, Pull):
+                break
+            piece, last = pulled
+            pieces.append(piece)
+            size += len(piece)
+        if not pieces:
+            return Pull.NOT_READY
+        self._sent_bytes += size
         more = self._final_fields() if last else {}
         head = arrow_prefix(self.query_id, seq=self._seq, last=last, **more)
         self._seq += 1
         if last:
             self._outbox.sent()
-        return head, body
+        return [head, *pieces]
+
+    def _room(self, size: int) -> int:
+        """How much can be sent after ``size`` bytes that are not counted yet."""
+        if self._window is None:
+            return FRAGMENT_BYTES
+        room = self._window - (self._sent_bytes - self._acked_bytes) - size
+        if room <= 0 and not size:
+            self._wait_for_acks()
+        return min(FRAGMENT_BYTES, room)
 
     def dropped(self) -> None:
         if self._outbox is not None:

@@ -56,8 +56,8 @@ class Source(Protocol):
 class FrameSource(Protocol):
     """Messages that are produced while others are sent between them. Hashable by identity."""
 
-    def pull_frame(self) -> tuple[bytes, Chunk] | Pull:
-        """The next message, in two parts."""
+    def pull_frame(self) -> list[Chunk] | Pull:
+        """The next message, in parts of at most ``FRAGMENT_BYTES``."""
 
     def dropped(self) -> None:
         """The connection closed while there was something to send."""
@@ -237,13 +237,16 @@ class Connection:
             if isinstance(pulled, Pull):
                 continue
             self._frame_sources[source] = None
-            head, body = pulled
-            # Two fragments, because joining them would copy the body.
-            self._write(head, native.BINARY, last=not len(body))
-            if len(body) and self._ws is not None:
-                self._write(body, native.CONTINUATION, last=True)
-            return len(head) + len(body)
+            native.corked(self._ws, lambda: self._write_parts(pulled))
+            return sum(map(len, pulled))
         return 0 if self._streams else None
+
+    def _write_parts(self, parts: list[Chunk]) -> None:
+        """Send one binary message, as fragments because joining ``parts`` would copy them."""
+        for number, part in enumerate(parts, 1):
+            opcode = native.BINARY if number == 1 else native.CONTINUATION
+            if self._ws is not None:
+                self._write(part, opcode, last=number == len(parts))
 
     def _close_if_sent(self) -> None:
         if self._close_when_sent is None or self._ws is None:

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,16 @@ ws_end = lib.uws_ws_end
 ws_close = lib.uws_ws_close
 ws_buffered = lib.uws_ws_get_buffered_amount
 ws_user_data = lib.uws_ws_get_user_data
+
+
+@ffi.callback("void(void*)")  # type: ignore[untyped-decorator, unused-ignore]
+def _call_handle(handle: Any) -> None:
+    ffi.from_handle(handle)()
+
+
+def corked(ws: Any, write: Callable[[], None]) -> None:
+    """Hand what ``write`` sends on ``ws`` to the kernel in one call."""
+    lib.uws_ws_cork(PLAIN, ws, _call_handle, ffi.new_handle(write))
 
 
 @_extra_ffi.callback("void(void*, void*)")  # type: ignore[untyped-decorator, unused-ignore]
