@@ -19,7 +19,7 @@ from sqlrooms_server.transport import Exchange, HttpRequest
 log = logging.getLogger(__name__)
 
 # What a client can rely on beyond the first published protocol, and what it always could.
-FEATURES = [
+FEATURES = (
     "arrow",
     "json",
     "exec",
@@ -34,7 +34,7 @@ FEATURES = [
     "stream",
     "sessions",
     "chunkedUploads",
-]
+)
 
 # A database that has not answered SELECT 1 by then is not ready, whatever holds it up.
 PROBE_SECONDS = 2.0

@@ -7,6 +7,7 @@ out as fragments of one message, taken from its source only while the socket kee
 from __future__ import annotations
 
 import enum
+import functools
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -237,7 +238,7 @@ class Connection:
             if isinstance(pulled, Pull):
                 continue
             self._frame_sources[source] = None
-            native.corked(self._ws, lambda: self._write_parts(pulled))
+            native.corked(self._ws, functools.partial(self._write_parts, pulled))
             return sum(map(len, pulled))
         return 0 if self._streams else None
 
