@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pyarrow as pa
-from websockets.exceptions import InvalidHandshake, InvalidStatus
+from websockets.exceptions import InvalidStatus, InvalidURI, WebSocketException
 
 from sqlrooms_server.client.errors import RequestFailed
 
@@ -18,8 +18,10 @@ def headers(token: str | None) -> dict[str, str]:
     return {} if token is None else {"Authorization": f"Bearer {token}"}
 
 
-def refused(url: str, error: InvalidHandshake) -> Exception:
-    """The exception for a server that does not want this connection."""
+def refused(url: str, error: WebSocketException) -> Exception:
+    """The exception for a connection that cannot be opened."""
+    if isinstance(error, InvalidURI):
+        return ValueError(f"{url} is no address such as ws://localhost:4000.")
     status = error.response.status_code if isinstance(error, InvalidStatus) else None
     if status == 401:
         return RequestFailed("unauthorized", "unauthorized")

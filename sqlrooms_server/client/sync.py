@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 import ujson
-from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as connect_websocket
 
@@ -40,8 +40,8 @@ def connect(
     """Connect to a server. ``connect_timeout`` is in seconds.
 
     Raises ``OSError`` when nothing listens there, ``ConnectionError`` (which is one) when what
-    listens is no such server, and ``RequestFailed`` with the code ``unauthorized`` for a wrong
-    ``token``.
+    listens is no such server, ``RequestFailed`` with the code ``unauthorized`` for a wrong
+    ``token``, and ``ValueError`` for what is no address.
     """
     client = Client(url, token, connect_timeout)
     client._connected(None)
@@ -391,7 +391,7 @@ class _Wire:
                     close_timeout=CLOSE_TIMEOUT_S,
                 )
                 self._socket: ClientConnection = stack.enter_context(opening)
-            except InvalidHandshake as error:
+            except (InvalidHandshake, InvalidURI) as error:
                 raise refused(url, error) from error
             self._stack = stack.pop_all()
         self._threads = [
