@@ -27,10 +27,10 @@ def encode_parameters(params: Parameters) -> list[Any] | dict[str, Any]:
     Raises ``TypeError`` naming the parameter for everything else.
     """
     if isinstance(params, Mapping):
-        return {_name(name): _encode(value, f"${name}") for name, value in params.items()}
+        return {_name(name): _encode(value, f"params.{name}") for name, value in params.items()}
     if isinstance(params, str | bytes) or not isinstance(params, Sequence):
         raise TypeError(f"params is a {_kind(params)}; it must be a sequence or a mapping.")
-    return [_encode(value, f"${number}") for number, value in enumerate(params, 1)]
+    return [_encode(value, f"params[{index}]") for index, value in enumerate(params)]
 
 
 def _encode(value: Any, name: str) -> Any:
@@ -60,7 +60,7 @@ def _integer(value: int, name: str) -> Any:
         return _typed("HUGEINT", str(value))
     if value in _UHUGEINT:
         return _typed("UHUGEINT", str(value))
-    raise TypeError(f"Parameter {name} is an integer of more than 128 bits.")
+    raise TypeError(f"{name} is an integer of more than 128 bits.")
 
 
 def _non_finite(value: float) -> str:
@@ -70,11 +70,11 @@ def _non_finite(value: float) -> str:
 def _decimal(value: Decimal, name: str) -> Any:
     _, digits, exponent = value.as_tuple()
     if not isinstance(exponent, int):
-        raise TypeError(f"Parameter {name} is a Decimal that is not finite.")
+        raise TypeError(f"{name} is a Decimal that is not finite.")
     scale = max(0, -exponent)
     width = max(len(digits) + max(0, exponent), scale)
     if width > _DECIMAL_DIGITS:
-        raise TypeError(f"Parameter {name} is a Decimal of more than {_DECIMAL_DIGITS} digits.")
+        raise TypeError(f"{name} is a Decimal of more than {_DECIMAL_DIGITS} digits.")
     return _typed(f"DECIMAL({width},{scale})", format(value, "f"))
 
 
@@ -91,7 +91,7 @@ def _temporal(value: Any, name: str) -> Any:
     if isinstance(value, timedelta):
         parts = f"{value.days} days {value.seconds} seconds {value.microseconds} microseconds"
         return _typed("INTERVAL", parts)
-    raise TypeError(f"Parameter {name} is a {_kind(value)}, which has no SQL type here.")
+    raise TypeError(f"{name} is a {_kind(value)}, which has no SQL type here.")
 
 
 def _typed(kind: str, value: str) -> dict[str, str]:
@@ -100,7 +100,7 @@ def _typed(kind: str, value: str) -> dict[str, str]:
 
 def _name(key: Any, inside: str = "") -> str:
     if not isinstance(key, str):
-        place = f" in parameter {inside}" if inside else ""
+        place = f" in {inside}" if inside else ""
         raise TypeError(f"The name {key!r}{place} is a {_kind(key)}; it must be a string.")
     return key
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
+
+_FRACTION = re.compile(r"\.(\d*?)0*(?!\d)")
 
 
 def texts(column: pa.Array) -> list[str | None]:
@@ -65,12 +68,18 @@ def json_text(value: Any) -> str:
 def _each(column: pa.Array, convert: Callable[[Any], str]) -> list[str | None]:
     if pa.types.is_temporal(column.type) and not pa.types.is_interval(column.type):
         # Python's own types have neither nanoseconds nor years after 9999.
-        column = column.cast(pa.string())
+        column = pa.array(
+            [_without_zeros(value) for value in column.cast(pa.string()).to_pylist()], pa.string()
+        )
     try:
         values = column.to_pylist()
     except (ValueError, OverflowError):
         values = [str(value) if value.is_valid else None for value in column]
     return [None if value is None else convert(value) for value in values]
+
+
+def _without_zeros(value: str | None) -> str | None:
+    return value and _FRACTION.sub(lambda found: f".{found[1]}" if found[1] else "", value)
 
 
 def _interval(value: Any) -> str:
