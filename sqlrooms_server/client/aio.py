@@ -13,7 +13,7 @@ import pyarrow as pa
 import ujson
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_websocket
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from sqlrooms_server.client import flows
 from sqlrooms_server.client.errors import RequestFailed
@@ -379,7 +379,7 @@ class _Wire:
                 close_timeout=CLOSE_TIMEOUT_S,
             )
             socket = await self._stack.enter_async_context(opening)
-        except (InvalidHandshake, InvalidURI) as error:
+        except WebSocketException as error:
             raise refused(url, error) from error
         except asyncio.TimeoutError:
             # Before Python 3.11 this is no OSError.

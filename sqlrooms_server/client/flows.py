@@ -355,6 +355,9 @@ class Stream:
             return self._ahead.popleft()
         try:
             batch = yield from self._read_batch()
+        except (RequestFailed, ConnectionError) as error:
+            self.abandon(error)
+            raise
         except BaseException:
             self.abandon()
             raise

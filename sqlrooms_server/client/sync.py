@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 import ujson
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as connect_websocket
 
@@ -53,7 +53,7 @@ class Client:
 
     Every method raises ``RequestFailed`` for what the server refuses, and ``ConnectionError`` when
     the connection is lost. The next call connects again. A query that only reads is sent again by
-    itself, for about 15 seconds or its ``timeout``; after a ``ConnectionError`` from anything else
+    itself, for about ten seconds or its ``timeout``; after a ``ConnectionError`` from anything else
     the statement may have run or not.
 
     Ctrl+C during a call cancels it on the server too.
@@ -391,7 +391,7 @@ class _Wire:
                     close_timeout=CLOSE_TIMEOUT_S,
                 )
                 self._socket: ClientConnection = stack.enter_context(opening)
-            except (InvalidHandshake, InvalidURI) as error:
+            except WebSocketException as error:
                 raise refused(url, error) from error
             self._stack = stack.pop_all()
         self._threads = [
