@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _FIRST_WORD = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*([a-z]+)", re.IGNORECASE | re.DOTALL)
-_READS = {"select", "from", "with", "values", "describe", "show", "summarize", "explain"}
+_READS = frozenset(("select", "from", "with", "values", "describe", "show", "summarize", "explain"))
 # WITH and EXPLAIN ANALYZE may hold a change, and a function may make one. Found in a string or a
 # comment they only prevent a second attempt.
 _CHANGES = re.compile(
