@@ -229,8 +229,8 @@ def test_tokens(launch: Callable[..., LocalServer], tmp_path: Path) -> None:
     [
         ((), "SQL"),
         (("--format", "xml", "select 1"), "xml"),
-        (("--timeout", "0", "select 1"), "--timeout"),
-        (("--max-rows", "-1", "select 1"), "--max-rows"),
+        (("--timeout", "0", "select 1"), "--timeout: '0' is no number of seconds"),
+        (("--max-rows", "-1", "select 1"), "--max-rows: '-1' is no whole number"),
         (("--param", "a", "select 1"), "NAME=VALUE"),
         (("--param", "1=a", "--param", "3=b", "select 1"), "without a gap"),
         (("--token-file", "/nowhere", "select 1"), "/nowhere"),

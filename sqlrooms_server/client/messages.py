@@ -119,9 +119,6 @@ Reply = (
     Chunk | Rows | Done | Progress | Consumed | CancelAck | SessionClosed | Welcome | Failed | Lost
 )
 
-# A server that does not tell its window takes this much of an upload at a time.
-_DEFAULT_UPLOAD_WINDOW = 8 << 20
-
 
 def decode(message: str | bytes) -> tuple[Key | None, Reply] | None:
     """What the server sent, and what it belongs to; None for types this client does not know.
@@ -210,7 +207,7 @@ _DECODERS: dict[str, Callable[[dict[str, Any], memoryview], tuple[Key | None, Re
     ),
     "welcome": lambda fields, _: (
         HELLO,
-        Welcome(fields["limits"].get("uploadWindow", _DEFAULT_UPLOAD_WINDOW)),
+        Welcome(fields["limits"]["uploadWindow"]),
     ),
     "error": _error,
 }
