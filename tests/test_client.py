@@ -253,6 +253,15 @@ def test_an_id_that_is_in_use(db: Client) -> None:
     with db.query(LARGE, query_id="mine"):
         with pytest.raises(ValueError, match="'mine' is in use"):
             db.query("select 1", query_id="mine")
+    # It is free again when the server has said the last word about it.
+    while True:
+        try:
+            again = db.query("select 1 as a", query_id="mine")
+        except ValueError:
+            db.rows("select 1 as a")
+        else:
+            break
+    assert again.to_pylist() == [{"a": 1}]
 
 
 def test_results_that_are_left_are_cancelled(launch: Callable[..., LocalServer]) -> None:

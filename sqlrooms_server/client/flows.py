@@ -181,12 +181,12 @@ class Requests:
 
     def rows(self, request: Request) -> Flow[str]:
         """The rows of a query as JSON text."""
-        _, reply = yield from Attempts(self, request).first_reply()
+        reply = yield from self._reply(request)
         return reply.data if isinstance(reply, Rows) else "[]"
 
     def execute(self, request: Request) -> Flow[None]:
         """Run statements."""
-        yield from Attempts(self, request).first_reply()
+        yield from self._reply(request)
 
     def upload(self, table_name: str, reader: pa.RecordBatchReader, mode: str) -> Flow[int]:
         """Send ``reader`` and return the number of its rows."""
@@ -246,6 +246,13 @@ class Requests:
         finally:
             link.abandon(exchange)
         return isinstance(reply, SessionClosed) and reply.closed
+
+    def _reply(self, request: Request) -> Flow[Reply]:
+        try:
+            _, reply = yield from Attempts(self, request).first_reply()
+        finally:
+            request.reporter.clear()
+        return reply
 
 
 class Attempts:
@@ -351,28 +358,21 @@ class Stream:
 
     def next_batch(self) -> Flow[pa.RecordBatch | None]:
         """The next batch of rows; None after the last."""
-        if self._ahead:
-            return self._ahead.popleft()
         try:
-            batch = yield from self._read_batch()
-        except (RequestFailed, ConnectionError) as error:
-            self.abandon(error)
-            raise
-        except BaseException:
-            self.abandon()
-            raise
+            return (yield from self._next_batch())
         finally:
             self.request.reporter.clear()
-        self.has_delivered = True
-        return batch
 
     def table(self) -> Flow[pa.Table]:
         """All batches. Raises ``RuntimeError`` when some were taken already."""
         if self.has_delivered and self._closed_by is None:
             raise RuntimeError("Batches of this result were taken already; run the query again.")
         batches = []
-        while (batch := (yield from self.next_batch())) is not None:
-            batches.append(batch)
+        try:
+            while (batch := (yield from self._next_batch())) is not None:
+                batches.append(batch)
+        finally:
+            self.request.reporter.clear()
         return pa.Table.from_batches(batches, self.schema)
 
     def read_ahead(self) -> Flow[None]:
@@ -409,6 +409,20 @@ class Stream:
         self.schema = schema
         if self.request.session is not None and not self._is_complete:
             self.request.session.open_result = self
+
+    def _next_batch(self) -> Flow[pa.RecordBatch | None]:
+        if self._ahead:
+            return self._ahead.popleft()
+        try:
+            batch = yield from self._read_batch()
+        except (RequestFailed, ConnectionError) as error:
+            self.abandon(error)
+            raise
+        except BaseException:
+            self.abandon()
+            raise
+        self.has_delivered = True
+        return batch
 
     def _read_batch(self) -> Flow[pa.RecordBatch | None]:
         while True:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sqlrooms_server.client.messages import (
+    CancelAck,
     Chunk,
     Consumed,
     Failed,
@@ -49,7 +50,8 @@ class Link:
         self.lost: Lost | None = None
         self.upload_window = 0
         self._new_inbox = inbox
-        self._exchanges: dict[Key, Exchange] = {}
+        # None: abandoned, and its id not free before its last reply.
+        self._exchanges: dict[Key, Exchange | None] = {}
         self._refusal: Failed | None = None
 
     def open(self, key: Key) -> Exchange:
@@ -65,10 +67,14 @@ class Link:
 
     def abandon(self, exchange: Exchange) -> None:
         """Wait no longer, and cancel the request on the server if it still runs there."""
-        waiting = self._exchanges.pop(exchange.key, None)
         kind, query_id = exchange.key
-        if waiting is not None and kind == "query" and self.lost is None:
+        if self._exchanges.get(exchange.key) is not exchange:
+            return
+        if kind == "query" and self.lost is None:
+            self._exchanges[exchange.key] = None
             self.send(cancelling(query_id))
+        else:
+            self._exchanges.pop(exchange.key, None)
 
     def receive(self, message: str | bytes) -> None:
         """Hand a message to whom it answers. Raises what ``decode`` does."""
@@ -80,26 +86,33 @@ class Link:
             self._refuse(reply)
             return
         exchange = self._exchanges.get(key)
-        if exchange is None:
-            # Of a request that was abandoned.
-            return
-        if isinstance(reply, Progress) and not exchange.inbox.empty():
-            # Nobody looks; progress must not pile up beside a result that waits.
-            return
         is_final = not isinstance(reply, Progress | Consumed)
         if isinstance(reply, Chunk):
             is_final = reply.is_last
         if is_final:
             self._exchanges.pop(key, None)
+        if isinstance(reply, CancelAck) and not reply.cancelled:
+            # The last reply was there before the cancel.
+            self._free(("query", key[1]))
+        if exchange is None:
+            return
+        if isinstance(reply, Progress) and not exchange.inbox.empty():
+            # Nobody looks; progress must not pile up beside a result that waits.
+            return
         exchange.inbox.put_nowait(reply)
+
+    def _free(self, key: Key) -> None:
+        if self._exchanges.get(key, ...) is None:
+            self._exchanges.pop(key, None)
 
     def _refuse(self, reply: Reply) -> None:
         # The server does not know which request it means; none may wait for ever.
         assert isinstance(reply, Failed)
         self._refusal = reply if reply.code == "unauthorized" else None
         for exchange in list(self._exchanges.values()):
-            self.abandon(exchange)
-            exchange.inbox.put_nowait(reply)
+            if exchange is not None:
+                self.abandon(exchange)
+                exchange.inbox.put_nowait(reply)
 
     def fail(self, text: str) -> None:
         """The connection is gone: everybody who waits is told, with the server's reason if any."""
@@ -108,7 +121,8 @@ class Link:
             self.lost = Lost(refusal.text, refusal.code) if refusal is not None else Lost(text)
         while self._exchanges:
             _, exchange = self._exchanges.popitem()
-            exchange.inbox.put_nowait(self.lost)
+            if exchange is not None:
+                exchange.inbox.put_nowait(self.lost)
 
 
 def cancelling(query_id: Id) -> str:

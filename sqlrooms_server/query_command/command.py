@@ -137,21 +137,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _query(db: Client, sql: str, params: Any, options: argparse.Namespace) -> None:
+    from sqlrooms_server.client.bar import Reporter, TerminalBar
+
     began = time.monotonic()
-    result = db.query(
-        sql,
-        params,
-        timeout=options.timeout,
-        max_rows=options.max_rows,
-        progress=not options.no_progress,
-    )
-    # Opened now, so that a query that fails leaves the old file as it was.
-    with result, _opened(options.output) as out:
-        writer = _writer(options, result.schema, out, began)
-        for batch in result:
-            writer.write(batch)
-        writer.end(result.truncated)
-        out.flush()
+    is_shown = not options.no_progress and sys.stderr.isatty()
+    bar = TerminalBar(sys.stderr) if is_shown else Reporter()
+    try:
+        result = db.query(
+            sql,
+            params,
+            timeout=options.timeout,
+            max_rows=options.max_rows,
+            progress=bar.show if is_shown else None,
+        )
+        # Opened now, so that a query that fails leaves the old file as it was.
+        with result, _opened(options.output) as out:
+            writer = _writer(options, result.schema, out, began)
+            for batch in result:
+                if out.isatty():
+                    bar.clear()
+                writer.write(batch)
+            bar.clear()
+            writer.end(result.truncated)
+            out.flush()
+    finally:
+        bar.clear()
 
 
 def _writer(options: argparse.Namespace, schema: pa.Schema, out: BinaryIO, began: float) -> Writer:
