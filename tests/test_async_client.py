@@ -13,6 +13,7 @@ import pytest
 
 from sqlrooms_server.client import (
     AsyncClient,
+    ConnectionLost,
     Progress,
     QueryTimeout,
     RequestFailed,
@@ -198,7 +199,7 @@ def test_tokens(launch: Callable[..., LocalServer]) -> None:
         db = await connect_async(server.url, token="right")
         assert await db.rows("select 1 as a") == [{"a": 1}]
         await db.close()
-        with pytest.raises(ConnectionError, match="closed"):
+        with pytest.raises(ConnectionLost, match="closed"):
             await db.query("select 1")
         with pytest.raises(RequestFailed) as failed:
             await connect_async(server.url, token="wrong")
@@ -222,9 +223,9 @@ def test_lost_connections(serve: Callable[..., ServerProcess]) -> None:
             await watch.running.wait()
             watch.running.clear()
             server.stop(signal.SIGKILL)
-            with pytest.raises(ConnectionError):
+            with pytest.raises(ConnectionLost):
                 await changing
-            with pytest.raises(ConnectionError):
+            with pytest.raises(ConnectionLost):
                 await db.execute("create table t(i int)")
             proxy.port = serve().port
             await watch.running.wait()

@@ -22,6 +22,7 @@ from websockets.sync.server import serve as serve_websocket
 
 from sqlrooms_server.client import (
     Client,
+    ConnectionLost,
     Progress,
     QueryTimeout,
     RequestFailed,
@@ -229,6 +230,18 @@ def test_progress(db: Client) -> None:
     assert last.state == "running"
     assert last.position is None
     assert last.running_ms >= 200
+
+
+def test_an_error_of_the_progress_function_cancels(launch: Callable[..., LocalServer]) -> None:
+    """It is none of the connection, even when it looks like one; the server has one worker."""
+
+    def show(progress: Progress) -> None:
+        raise BrokenPipeError
+
+    with connect(launch(workers=1).url) as db:
+        with pytest.raises(BrokenPipeError):
+            db.query(ENDLESS, progress=show)
+        assert db.rows("select 1 as a") == [{"a": 1}]
 
 
 def test_cancel_by_id_and_by_result(db: Client) -> None:
@@ -513,7 +526,7 @@ def test_a_closed_server_fails_what_waits(launch: Callable[..., LocalServer]) ->
         failed = failure(asking)
         assert isinstance(failed, RequestFailed)
         assert failed.code == "shutting_down"
-        with pytest.raises(ConnectionError):
+        with pytest.raises(ConnectionLost):
             db.execute("create table t(i int)")
 
 
@@ -521,9 +534,9 @@ def test_a_closed_client(server: LocalServer) -> None:
     with connect(server.url) as db:
         result = db.query(LARGE)
     for call in (db.query, db.rows, db.execute):
-        with pytest.raises(ConnectionError, match="closed"):
+        with pytest.raises(ConnectionLost, match="closed"):
             call("select 1")
-    with pytest.raises(ConnectionError):
+    with pytest.raises(ConnectionLost):
         result.to_arrow()
     assert not db.cancel("x")
     assert "sqlrooms-client" not in [thread.name for thread in threading.enumerate()]
@@ -583,11 +596,11 @@ def test_what_is_no_read_is_not_sent_again(serve: Callable[..., ServerProcess]) 
         changing = in_thread(lambda: db.execute(f"create table t as {ENDLESS}", progress=watch))
         watch.wait()
         with killed(serve, server, proxy):
-            assert isinstance(failure(changing), ConnectionError)
-            with pytest.raises(ConnectionError):
+            assert isinstance(failure(changing), ConnectionLost)
+            with pytest.raises(ConnectionLost):
                 for _ in batches:
                     pass
-            with pytest.raises(ConnectionError):
+            with pytest.raises(ConnectionLost):
                 db.execute("create table t(i int)")
         db.execute("create table t(i int)")
         assert db.rows("from t") == []
@@ -596,11 +609,21 @@ def test_what_is_no_read_is_not_sent_again(serve: Callable[..., ServerProcess]) 
                 session.execute("insert into t values (1)")
 
 
+def test_a_wrong_token_is_not_tried_again(serve: Callable[..., ServerProcess]) -> None:
+    server = serve(environment={"SQLROOMS_AUTH_TOKEN": "first"})
+    with Proxy(server.port) as proxy, connect(proxy.url, token="first") as db:
+        server.stop(signal.SIGKILL)
+        proxy.port = serve(environment={"SQLROOMS_AUTH_TOKEN": "second"}).port
+        with pytest.raises(RequestFailed) as failed:
+            db.query("select 1")
+        assert failed.value.code == "unauthorized"
+
+
 def test_attempts_end_with_the_timeout(serve: Callable[..., ServerProcess]) -> None:
     server = serve()
     with connect(server.url) as db:
         server.stop(signal.SIGKILL)
-        with pytest.raises(ConnectionError):
+        with pytest.raises(ConnectionLost):
             db.query("select 1", timeout=0.5)
 
 
@@ -624,7 +647,7 @@ def test_a_server_that_speaks_something_else_is_refused() -> None:
         thread = threading.Thread(target=other.serve_forever)
         thread.start()
         port = other.socket.getsockname()[1]
-        with pytest.raises(ConnectionError, match="no reply"):
+        with pytest.raises(ConnectionLost, match="no reply"):
             connect(f"ws://127.0.0.1:{port}")
         other.shutdown()
         thread.join()

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from sqlrooms_server.client.bar import NotebookBar, TerminalBar, describe, reporter
+from sqlrooms_server.client.errors import ConnectionLost
 from sqlrooms_server.client.messages import Progress, decode
 from sqlrooms_server.client.reads import is_read
 from sqlrooms_server.client.streams import BatchDecoder, as_reader, upload_chunks
@@ -99,9 +100,9 @@ def test_cut_and_broken_streams_are_refused() -> None:
     assert longer.next_batch() is not None
     assert longer.next_batch() is None
     for decoder in (cut, longer):
-        with pytest.raises(ConnectionError, match="cut"):
+        with pytest.raises(ConnectionLost, match="cut"):
             decoder.check_end()
-    with pytest.raises(ConnectionError, match="no Arrow stream"):
+    with pytest.raises(ConnectionLost, match="no Arrow stream"):
         BatchDecoder().feed(memoryview(b"no stream at all"))
 
 

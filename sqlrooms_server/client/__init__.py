@@ -10,7 +10,7 @@ from sqlrooms_server.client.aio import (
     AsyncSession,
     connect_async,
 )
-from sqlrooms_server.client.errors import QueryTimeout, RequestFailed, SessionEnded
+from sqlrooms_server.client.errors import ConnectionLost, QueryTimeout, RequestFailed, SessionEnded
 from sqlrooms_server.client.messages import Progress, Summary
 from sqlrooms_server.client.sync import Client, Result, Session, connect
 
@@ -19,6 +19,7 @@ __all__ = [
     "AsyncResult",
     "AsyncSession",
     "Client",
+    "ConnectionLost",
     "Progress",
     "QueryTimeout",
     "RequestFailed",

@@ -16,7 +16,7 @@ from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from sqlrooms_server.client import flows
-from sqlrooms_server.client.errors import RequestFailed
+from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
 from sqlrooms_server.client.link import Link
 from sqlrooms_server.client.messages import Id, Summary
 from sqlrooms_server.client.opening import CLOSE_TIMEOUT_S, headers, refused, to_pandas
@@ -211,7 +211,7 @@ class AsyncClient:
     async def _connected(self, deadline: float | None) -> Link:
         async with self._connecting:
             if self._requests.is_closed:
-                raise ConnectionError("The client was closed.")
+                raise ConnectionLost("The client was closed.")
             if self._wire is None or self._wire.link.lost is not None:
                 if self._wire is not None:
                     await self._wire.close()
@@ -338,7 +338,7 @@ class AsyncSession:
             yield self
         except BaseException:
             # A session that ended was rolled back by the server.
-            with suppress(RequestFailed, ConnectionError):
+            with suppress(RequestFailed, ConnectionLost):
                 await self.execute("ROLLBACK")
             raise
         await self.execute("COMMIT")
@@ -383,7 +383,7 @@ class _Wire:
             raise refused(url, error) from error
         except asyncio.TimeoutError:
             # Before Python 3.11 this is no OSError.
-            raise ConnectionError(f"Nothing answers at {url}.") from None
+            raise ConnectionLost(f"Nothing answers at {url}.") from None
         self._tasks = [
             asyncio.create_task(self._receive(socket)),
             asyncio.create_task(self._send(socket)),

@@ -1,6 +1,10 @@
-"""What the client raises. Besides these, ``ConnectionError`` (an ``OSError``): the server left."""
+"""What the client raises."""
 
 from __future__ import annotations
+
+
+class ConnectionLost(ConnectionError):
+    """The server left, is not to be reached again, or sent what is no reply."""
 
 
 class RequestFailed(Exception):

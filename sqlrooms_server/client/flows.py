@@ -18,7 +18,13 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from sqlrooms_server.client.bar import Reporter, reporter
-from sqlrooms_server.client.errors import QueryTimeout, RequestFailed, SessionEnded, request_failed
+from sqlrooms_server.client.errors import (
+    ConnectionLost,
+    QueryTimeout,
+    RequestFailed,
+    SessionEnded,
+    request_failed,
+)
 from sqlrooms_server.client.link import Exchange, Link, cancelling
 from sqlrooms_server.client.messages import (
     HELLO,
@@ -97,7 +103,7 @@ class Session:
         if self.has_ended:
             raise SessionEnded(f"The session {self.name} has ended; begin a new one.")
         if self.link is None:
-            self.link = yield Connect()
+            self.link = yield from connected()
         return self.link
 
 
@@ -190,7 +196,7 @@ class Requests:
 
     def upload(self, table_name: str, reader: pa.RecordBatchReader, mode: str) -> Flow[int]:
         """Send ``reader`` and return the number of its rows."""
-        link = yield Connect()
+        link = yield from connected()
         query_id = next(self._ids)
         exchange = link.open(("query", query_id))
         names: dict[str, Any] = {"tableName": table_name, "mode": mode}
@@ -202,7 +208,7 @@ class Requests:
                 ):
                     reply = yield from answer(exchange)
                     if not isinstance(reply, Consumed):
-                        raise ConnectionError("The server ended an upload that is not complete.")
+                        raise ConnectionLost("The server ended an upload that is not complete.")
                     consumed = reply.bytes
                 header = encode(
                     type="uploadArrow", queryId=query_id, seq=seq, last=is_last, **names
@@ -241,7 +247,7 @@ class Requests:
         try:
             link.send(encode(type="closeSession", session=session.name))
             reply = yield from answer(exchange)
-        except ConnectionError:
+        except ConnectionLost:
             return False
         finally:
             link.abandon(exchange)
@@ -267,20 +273,18 @@ class Attempts:
 
     def first_reply(self) -> Flow[tuple[Exchange, Reply]]:
         """Send the query until it is answered. Raises what the server answers, or
-        ``ConnectionError``."""
+        ``ConnectionLost``."""
         while True:
             try:
                 return (yield from self._attempt())
-            except OSError as error:
+            except ConnectionLost as error:
                 yield from self.pause(error)
 
-    def pause(self, error: OSError) -> Flow[None]:
+    def pause(self, error: ConnectionLost) -> Flow[None]:
         """Wait before another attempt, or raise ``error``."""
         pause = next(self._pauses, None)
         if pause is None or self._is_late(pause) or self._requests.is_closed:
-            if isinstance(error, ConnectionError):
-                raise error
-            raise ConnectionError(str(error)) from error
+            raise error
         yield Sleep(pause)
 
     def _is_late(self, pause: float) -> bool:
@@ -304,7 +308,7 @@ class Attempts:
         request = self.request
         session = request.session
         if session is None:
-            self.link: Link = yield Connect(self._deadline)
+            self.link: Link = yield from connected(self._deadline)
         else:
             self.link = yield from session.connected()
             # Queries of a session run one after the other: the next one waits for the last byte
@@ -380,7 +384,7 @@ class Stream:
         try:
             while (batch := (yield from self._read_batch())) is not None:
                 self._ahead.append(batch)
-        except (RequestFailed, ConnectionError) as error:
+        except (RequestFailed, ConnectionLost) as error:
             self.abandon(error)
 
     def abandon(self, reason: Exception | None = None) -> None:
@@ -401,11 +405,11 @@ class Stream:
                 while self._decoder.schema is None and not self._is_complete:
                     yield from self._more()
                 break
-            except ConnectionError as error:
+            except ConnectionLost as error:
                 yield from self._attempts.pause(error)
         schema = self._decoder.schema or pa.schema([])
         if self.schema is not None and schema != self.schema:
-            raise ConnectionError("The connection was lost, and the result is another one now.")
+            raise ConnectionLost("The connection was lost, and the result is another one now.")
         self.schema = schema
         if self.request.session is not None and not self._is_complete:
             self.request.session.open_result = self
@@ -415,7 +419,7 @@ class Stream:
             return self._ahead.popleft()
         try:
             batch = yield from self._read_batch()
-        except (RequestFailed, ConnectionError) as error:
+        except (RequestFailed, ConnectionLost) as error:
             self.abandon(error)
             raise
         except BaseException:
@@ -439,7 +443,7 @@ class Stream:
                 return None
             try:
                 yield from self._more()
-            except ConnectionError as error:
+            except ConnectionLost as error:
                 if self.has_delivered:
                     raise
                 yield from self._attempts.pause(error)
@@ -457,7 +461,7 @@ class Stream:
     def _take(self, reply: Reply) -> None:
         if isinstance(reply, Chunk):
             if reply.seq != self._seq:
-                raise ConnectionError(f"The server sent chunk {reply.seq} for {self._seq}.")
+                raise ConnectionLost(f"The server sent chunk {reply.seq} for {self._seq}.")
             self._seq += 1
             self._consumed += len(reply.body)
             self._decoder.feed(reply.body)
@@ -474,6 +478,17 @@ class Stream:
             session.open_result = None
 
 
+def connected(deadline: float | None = None) -> Flow[Link]:
+    """A link that is open."""
+    try:
+        link: Link = yield Connect(deadline)
+    except ConnectionLost:
+        raise
+    except OSError as error:
+        raise ConnectionLost(str(error)) from error
+    return link
+
+
 def greet(link: Link, timeout: float) -> Flow[None]:
     """Ask what the server offers. Raises ``RequestFailed`` for a wrong token."""
     exchange = link.open(HELLO)
@@ -481,7 +496,7 @@ def greet(link: Link, timeout: float) -> Flow[None]:
     try:
         reply = yield from answer(exchange, time.monotonic() + timeout)
     except QueryTimeout:
-        raise ConnectionError("What listens there does not answer.") from None
+        raise ConnectionLost("What listens there does not answer.") from None
     assert isinstance(reply, Welcome)
     link.upload_window = reply.upload_window
 
@@ -501,7 +516,7 @@ def answer(
             case Failed(text, code):
                 raise request_failed(text, code)
             case Lost(text, None):
-                raise ConnectionError(text)
+                raise ConnectionLost(text)
             case Lost(text, str(code)):
                 raise request_failed(text, code)
             case _:

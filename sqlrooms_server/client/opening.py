@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 from websockets.exceptions import InvalidStatus, InvalidURI, WebSocketException
 
-from sqlrooms_server.client.errors import RequestFailed
+from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
 
 # A server that does not answer the close frame is left.
 CLOSE_TIMEOUT_S = 2.0
@@ -27,7 +27,7 @@ def refused(url: str, error: WebSocketException) -> Exception:
         return RequestFailed("unauthorized", "unauthorized")
     if status == 403:
         return RequestFailed(f"The server at {url} refuses this host or origin.", "forbidden")
-    return ConnectionError(f"What listens at {url} is no WebSocket server: {error}")
+    return ConnectionLost(f"What listens at {url} is no WebSocket server: {error}")
 
 
 def to_pandas(table: pa.Table) -> Any:

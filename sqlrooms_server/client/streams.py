@@ -10,6 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from sqlrooms_server.client.errors import ConnectionLost
+
 # Small enough that other messages get their turn, large enough that headers do not count.
 UPLOAD_CHUNK = 1 << 20
 # One IPC message is held whole by the server, and by this client, before it is used.
@@ -60,16 +62,16 @@ class BatchDecoder:
         return None
 
     def check_end(self) -> None:
-        """Raises ``ConnectionError`` when a stream began and is not complete."""
+        """Raises ``ConnectionLost`` when a stream began and is not complete."""
         if (self._reader is not None and not self._has_ended) or self._size:
-            raise ConnectionError("The server sent a result that is cut.")
+            raise ConnectionLost("The server sent a result that is cut.")
 
     def _message(self) -> tuple[int, bytes] | None:
         if self._has_ended or self._size < self._needed:
             return None
         marker, length = struct.unpack("<Ii", self._peek(8))
         if marker != 0xFFFFFFFF or length < 0:
-            raise ConnectionError("The server sent what is no Arrow stream.")
+            raise ConnectionLost("The server sent what is no Arrow stream.")
         if length == 0:
             self._take(8)
             self._has_ended = True

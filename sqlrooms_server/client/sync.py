@@ -20,7 +20,7 @@ from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as connect_websocket
 
 from sqlrooms_server.client import flows
-from sqlrooms_server.client.errors import RequestFailed
+from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
 from sqlrooms_server.client.link import Link
 from sqlrooms_server.client.messages import Id, Progress, Summary
 from sqlrooms_server.client.opening import CLOSE_TIMEOUT_S, headers, refused, to_pandas
@@ -39,7 +39,7 @@ def connect(
 ) -> Client:
     """Connect to a server. ``connect_timeout`` is in seconds.
 
-    Raises ``OSError`` when nothing listens there, ``ConnectionError`` (which is one) when what
+    Raises ``OSError`` when nothing listens there, ``ConnectionLost`` (which is one) when what
     listens is no such server, ``RequestFailed`` with the code ``unauthorized`` for a wrong
     ``token``, and ``ValueError`` for what is no address.
     """
@@ -51,9 +51,9 @@ def connect(
 class Client:
     """A connection whose methods can be called from several threads at one time.
 
-    Every method raises ``RequestFailed`` for what the server refuses, and ``ConnectionError`` when
+    Every method raises ``RequestFailed`` for what the server refuses, and ``ConnectionLost`` when
     the connection is lost. The next call connects again. A query that only reads is sent again by
-    itself, for about ten seconds or its ``timeout``; after a ``ConnectionError`` from anything else
+    itself, for about ten seconds or its ``timeout``; after a ``ConnectionLost`` from anything else
     the statement may have run or not.
 
     Ctrl+C during a call cancels it on the server too.
@@ -217,7 +217,7 @@ class Client:
     def _connected(self, deadline: float | None) -> Link:
         with self._connecting:
             if self._requests.is_closed:
-                raise ConnectionError("The client was closed.")
+                raise ConnectionLost("The client was closed.")
             if self._wire is None or self._wire.link.lost is not None:
                 if self._wire is not None:
                     self._wire.close()
@@ -352,7 +352,7 @@ class Session:
             yield self
         except BaseException:
             # A session that ended was rolled back by the server.
-            with suppress(RequestFailed, ConnectionError):
+            with suppress(RequestFailed, ConnectionLost):
                 self.execute("ROLLBACK")
             raise
         self.execute("COMMIT")

@@ -69,7 +69,7 @@ def _main(arguments: Sequence[str]) -> int:
 
     # Not at the top: --help and wrong arguments need neither pyarrow nor websockets.
     try:
-        from sqlrooms_server.client import RequestFailed, connect
+        from sqlrooms_server.client import ConnectionLost, RequestFailed, connect
     except ModuleNotFoundError as error:
         return _fail(f"{error}. Install it with: pip install 'sqlrooms-server[client]'", USAGE)
     try:
@@ -86,10 +86,10 @@ def _main(arguments: Sequence[str]) -> int:
             _query(db, sql, params, options)
         except RequestFailed as error:
             return _fail(str(error), FAILED)
+        except ConnectionLost as error:
+            return _fail(str(error), NO_CONNECTION)
         except BrokenPipeError:
             raise
-        except ConnectionError as error:
-            return _fail(str(error), NO_CONNECTION)
         except OSError as error:
             return _fail(str(error), FAILED)
     return OK
