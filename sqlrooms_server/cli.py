@@ -21,6 +21,8 @@ from sqlrooms_server.settings import Settings, environment_variable, fields, fla
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _EPILOG = """\
+"sqlrooms-server query SQL" asks a server that is running; see "sqlrooms-server query --help".
+
 Every setting is also an environment variable (SQLROOMS_DB_PATH for --db-path) and a key of the
 TOML file given with --config (db_path = "my.duckdb"). The command line wins over the environment,
 and the environment over the file.
@@ -28,7 +30,17 @@ and the environment over the file.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 2 when the server cannot start; else the process ends here."""
+    """Run the command. Returns 2 when the server cannot start; else the process ends here.
+
+    ``query`` as the first argument is another command, of which this returns the exit status.
+    """
+    if arguments is None:
+        arguments = sys.argv[1:]
+    if arguments[:1] == ["query"]:
+        # Not at the top: either command starts without what only the other one needs.
+        from sqlrooms_server import query_command
+
+        return query_command.main(arguments[1:])
     try:
         _serve(_settings(arguments))
     except StartupError as error:

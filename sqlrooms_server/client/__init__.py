@@ -1,0 +1,32 @@
+"""The Python client, for notebooks and programs. Needs the extra ``client``.
+
+with connect("ws://localhost:4000") as db:
+    table = db.query("select 42 as answer").to_arrow()
+"""
+
+from sqlrooms_server.client.aio import (
+    AsyncClient,
+    AsyncResult,
+    AsyncSession,
+    connect_async,
+)
+from sqlrooms_server.client.errors import ConnectionLost, QueryTimeout, RequestFailed, SessionEnded
+from sqlrooms_server.client.messages import Progress, Summary
+from sqlrooms_server.client.sync import Client, Result, Session, connect
+
+__all__ = [
+    "AsyncClient",
+    "AsyncResult",
+    "AsyncSession",
+    "Client",
+    "ConnectionLost",
+    "Progress",
+    "QueryTimeout",
+    "RequestFailed",
+    "Result",
+    "Session",
+    "SessionEnded",
+    "Summary",
+    "connect",
+    "connect_async",
+]

@@ -1,0 +1,129 @@
+"""One connection without its socket: what was asked, and where the answers go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sqlrooms_server.client.messages import (
+    CancelAck,
+    Chunk,
+    Consumed,
+    Failed,
+    Id,
+    Key,
+    Lost,
+    Progress,
+    Reply,
+    decode,
+    encode,
+)
+
+
+class Inbox(Protocol):
+    """A queue of replies: ``queue.SimpleQueue`` or ``asyncio.Queue``."""
+
+    def put_nowait(self, item: Any, /) -> None: ...
+    def get_nowait(self) -> Any: ...
+    def empty(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A request that waits for its replies."""
+
+    key: Key
+    inbox: Inbox
+
+
+class Link:
+    """The requests of one connection.
+
+    ``send`` hands a message over and never blocks, so that finalizers may call it. There is no
+    lock, which a finalizer could meet while its own thread holds it: an exchange is entered before
+    ``lost`` is looked at, and ``lost`` is set before the exchanges are.
+    """
+
+    def __init__(self, send: Callable[[str | bytes], None], inbox: Callable[[], Inbox]) -> None:
+        self.send = send
+        self.lost: Lost | None = None
+        self.upload_window = 0
+        self._new_inbox = inbox
+        # None: abandoned, and its id not free before its last reply.
+        self._exchanges: dict[Key, Exchange | None] = {}
+        self._refusal: Failed | None = None
+
+    def open(self, key: Key) -> Exchange:
+        """Begin to wait for replies to ``key``. Raises ``ValueError`` when it is in use."""
+        if key in self._exchanges:
+            raise ValueError(f"The {key[0]} id {key[1]!r} is in use.")
+        exchange = Exchange(key, self._new_inbox())
+        self._exchanges[key] = exchange
+        if self.lost is not None:
+            self._exchanges.pop(key, None)
+            exchange.inbox.put_nowait(self.lost)
+        return exchange
+
+    def abandon(self, exchange: Exchange) -> None:
+        """Wait no longer, and cancel the request on the server if it still runs there."""
+        kind, query_id = exchange.key
+        if self._exchanges.get(exchange.key) is not exchange:
+            return
+        if kind == "query" and self.lost is None:
+            self._exchanges[exchange.key] = None
+            self.send(cancelling(query_id))
+        else:
+            self._exchanges.pop(exchange.key, None)
+
+    def receive(self, message: str | bytes) -> None:
+        """Hand a message to whom it answers. Raises what ``decode`` does."""
+        decoded = decode(message)
+        if decoded is None:
+            return
+        key, reply = decoded
+        if key is None:
+            self._refuse(reply)
+            return
+        exchange = self._exchanges.get(key)
+        is_final = not isinstance(reply, Progress | Consumed)
+        if isinstance(reply, Chunk):
+            is_final = reply.is_last
+        if is_final:
+            self._exchanges.pop(key, None)
+        if isinstance(reply, CancelAck) and not reply.cancelled:
+            # The last reply was there before the cancel.
+            self._free(("query", key[1]))
+        if exchange is None:
+            return
+        if isinstance(reply, Progress) and not exchange.inbox.empty():
+            # Nobody looks; progress must not pile up beside a result that waits.
+            return
+        exchange.inbox.put_nowait(reply)
+
+    def _free(self, key: Key) -> None:
+        if self._exchanges.get(key, ...) is None:
+            self._exchanges.pop(key, None)
+
+    def _refuse(self, reply: Reply) -> None:
+        # The server does not know which request it means; none may wait for ever.
+        assert isinstance(reply, Failed)
+        self._refusal = reply if reply.code == "unauthorized" else None
+        for exchange in list(self._exchanges.values()):
+            if exchange is not None:
+                self.abandon(exchange)
+                exchange.inbox.put_nowait(reply)
+
+    def fail(self, text: str) -> None:
+        """The connection is gone: everybody who waits is told, with the server's reason if any."""
+        if self.lost is None:
+            refusal = self._refusal
+            self.lost = Lost(refusal.text, refusal.code) if refusal is not None else Lost(text)
+        while self._exchanges:
+            _, exchange = self._exchanges.popitem()
+            if exchange is not None:
+                exchange.inbox.put_nowait(self.lost)
+
+
+def cancelling(query_id: Id) -> str:
+    return encode(type="cancel", queryId=query_id)

@@ -1,0 +1,439 @@
+"""The client for programs that wait: two threads send and receive, the callers' threads run flows.
+
+Messages are handed to a thread that sends them, so that Ctrl+C never leaves half a frame behind.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+import pyarrow as pa
+import ujson
+from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.sync.client import ClientConnection
+from websockets.sync.client import connect as connect_websocket
+
+from sqlrooms_server.client import flows
+from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
+from sqlrooms_server.client.link import Link
+from sqlrooms_server.client.messages import Id, Progress, Summary
+from sqlrooms_server.client.opening import CLOSE_TIMEOUT_S, headers, refused, to_pandas
+from sqlrooms_server.client.streams import as_reader
+from sqlrooms_server.client.values import Parameters
+
+T = TypeVar("T")
+ProgressOption = bool | Callable[[Progress], None] | None
+
+# Windows does not interrupt a wait for Ctrl+C; so that it is looked at, no wait is longer.
+_LONGEST_WAIT_S = 1.0
+
+
+def connect(
+    url: str = "ws://localhost:4000", *, token: str | None = None, connect_timeout: float = 10.0
+) -> Client:
+    """Connect to a server. ``connect_timeout`` is in seconds.
+
+    Raises ``OSError`` when nothing listens there, ``ConnectionLost`` (which is one) when what
+    listens is no such server, ``RequestFailed`` with the code ``unauthorized`` for a wrong
+    ``token``, and ``ValueError`` for what is no address.
+    """
+    client = Client(url, token, connect_timeout)
+    client._connected(None)
+    return client
+
+
+class Client:
+    """A connection whose methods can be called from several threads at one time.
+
+    Every method raises ``RequestFailed`` for what the server refuses, and ``ConnectionLost`` when
+    the connection is lost. The next call connects again. A query that only reads is sent again by
+    itself, for about ten seconds or its ``timeout``; after a ``ConnectionLost`` from anything else
+    the statement may have run or not.
+
+    Ctrl+C during a call cancels it on the server too.
+    """
+
+    def __init__(self, url: str, token: str | None, connect_timeout: float) -> None:
+        self._url = url
+        self._token = token
+        self._connect_timeout = connect_timeout
+        self._requests = flows.Requests()
+        self._connecting = threading.Lock()
+        self._wire: _Wire | None = None
+
+    def query(
+        self,
+        sql: str,
+        params: Parameters | None = None,
+        *,
+        timeout: float | None = None,
+        max_rows: int | None = None,
+        session: Session | None = None,
+        compression: str | None = None,
+        progress: ProgressOption = None,
+        query_id: str | None = None,
+    ) -> Result:
+        """Run ``sql`` and return its last result as soon as its columns are known.
+
+        ``params`` is a list for ``?`` and ``$1``, or a dictionary for ``$name``; which values it
+        may hold, ``encode_parameters`` says. ``timeout`` is in seconds and raises
+        ``QueryTimeout``. With ``max_rows`` the result has at most so many, and says so in
+        ``truncated``. ``compression`` is ``"lz4"`` or ``"zstd"``, for slow networks. ``progress``
+        is called with ``Progress`` about five times a second; True shows a bar in a terminal or
+        notebook. ``query_id`` is a name under which another thread can ``cancel``.
+        """
+        request = self._requests.request(
+            "arrow",
+            sql,
+            params,
+            query_id=query_id,
+            timeout=timeout,
+            progress=progress,
+            max_rows=max_rows,
+            session=None if session is None else session._state,
+            compression=compression,
+        )
+        return Result(self, self._run(self._requests.stream(request)))
+
+    def rows(
+        self,
+        sql: str,
+        params: Parameters | None = None,
+        *,
+        timeout: float | None = None,
+        max_rows: int | None = None,
+        session: Session | None = None,
+        progress: ProgressOption = None,
+        query_id: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """The last result of ``sql`` as one dictionary for each row, by way of JSON."""
+        request = self._requests.request(
+            "json",
+            sql,
+            params,
+            query_id=query_id,
+            timeout=timeout,
+            progress=progress,
+            max_rows=max_rows,
+            session=None if session is None else session._state,
+        )
+        return cast(list[dict[str, Any]], ujson.loads(self._run(self._requests.rows(request))))
+
+    def execute(
+        self,
+        sql: str,
+        params: Parameters | None = None,
+        *,
+        timeout: float | None = None,
+        session: Session | None = None,
+        progress: ProgressOption = None,
+        query_id: str | None = None,
+    ) -> None:
+        """Run ``sql``, one or several statements, without their results."""
+        request = self._requests.request(
+            "exec",
+            sql,
+            params,
+            query_id=query_id,
+            timeout=timeout,
+            progress=progress,
+            session=None if session is None else session._state,
+        )
+        self._run(self._requests.execute(request))
+
+    def upload(self, table_name: str, data: Any, mode: str = "replace") -> int:
+        """Send ``data`` into ``table_name``, whole or not at all, and return the number of rows.
+
+        ``data`` is a ``pyarrow.Table``, ``RecordBatch`` or ``RecordBatchReader``, which is read
+        as it is sent, a pandas DataFrame, without its index, or anything with
+        ``__arrow_c_stream__``. ``mode`` is ``"replace"``, ``"create"``, which fails when the table
+        exists, or ``"append"``, which matches columns by name. Raises ``TypeError`` for other data.
+        """
+        return self._run(self._requests.upload(table_name, as_reader(data), mode))
+
+    def cancel(self, query: Result | str) -> bool:
+        """Cancel a query by its result or ``query_id``; False when it is not under way.
+
+        Who waits for it gets ``RequestFailed`` with the code ``cancelled``.
+        """
+        if isinstance(query, Result):
+            return self._run(self._requests.cancel(query.query_id, query._stream.link))
+        link = self._wire.link if self._wire is not None else None
+        return self._run(self._requests.cancel(query, link))
+
+    def session(self, name: str | None = None) -> Session:
+        """A session of queries that share temporary tables, settings and a transaction.
+
+        ``name`` has 1 to 64 characters; without one it gets one of its own.
+        """
+        return Session(self, self._requests.new_session(name))
+
+    def close(self) -> None:
+        """Close the connection; the server cancels what is still under way."""
+        self._requests.is_closed = True
+        with self._connecting:
+            if self._wire is not None:
+                self._wire.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(self, flow: flows.Flow[T]) -> T:
+        try:
+            need = next(flow)
+            while True:
+                try:
+                    got = self._get(need)
+                except BaseException as error:  # handed to the flow, which cancels
+                    need = flow.throw(error)
+                else:
+                    need = flow.send(got)
+        except StopIteration as end:
+            return cast(T, end.value)
+
+    def _get(self, need: flows.Need) -> Any:
+        match need:
+            case flows.Receive(exchange, deadline):
+                return _receive(cast("queue.SimpleQueue[Any]", exchange.inbox), deadline)
+            case flows.Sleep(seconds):
+                time.sleep(seconds)
+            case flows.Connect(deadline):
+                return self._connected(deadline)
+
+    def _connected(self, deadline: float | None) -> Link:
+        with self._connecting:
+            if self._requests.is_closed:
+                raise ConnectionLost("The client was closed.")
+            if self._wire is None or self._wire.link.lost is not None:
+                if self._wire is not None:
+                    self._wire.close()
+                timeout = self._connect_timeout
+                if deadline is not None:
+                    timeout = max(0.001, min(timeout, deadline - time.monotonic()))
+                wire = _Wire(self._url, self._token, timeout)
+                try:
+                    self._run(flows.greet(wire.link, timeout))
+                except BaseException:
+                    wire.close()
+                    raise
+                self._wire = wire
+            return self._wire.link
+
+
+class Result:
+    """The result of a query, whose batches arrive while it is read.
+
+    Iterate over its ``pyarrow.RecordBatch``, once and in bounded memory, or take it as a whole,
+    as often as you like. For one thread at a time. Closing it, also by ``with``, or dropping it
+    cancels what has not arrived.
+
+    Reading raises what ``Client`` says, also after the first batches.
+    """
+
+    def __init__(self, client: Client, stream: flows.Stream) -> None:
+        self._client = client
+        self._stream = stream
+        self._table: pa.Table | None = None
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns; none when the statement has no result."""
+        return self._stream.schema
+
+    @property
+    def query_id(self) -> Id:
+        """The name of the query on its connection."""
+        return self._stream.request.query_id
+
+    @property
+    def summary(self) -> Summary | None:
+        """Rows, bytes and times. None before the last batch was read, and without a result."""
+        return self._stream.summary
+
+    @property
+    def truncated(self) -> bool:
+        """True when there were more rows than a limit lets through. Known after the last batch."""
+        return self.summary is not None and self.summary.truncated
+
+    def to_arrow(self) -> pa.Table:
+        """The whole result. Raises ``RuntimeError`` when batches of it were taken already."""
+        if self._table is None:
+            self._table = self._client._run(self._stream.table())
+        return self._table
+
+    def to_pandas(self) -> Any:
+        """The whole result as a DataFrame. Raises ``ImportError`` without the extra ``pandas``."""
+        return to_pandas(self.to_arrow())
+
+    def to_pylist(self) -> list[dict[str, Any]]:
+        """The whole result as one dictionary for each row."""
+        return cast(list[dict[str, Any]], self.to_arrow().to_pylist())
+
+    def cancel(self) -> bool:
+        """Cancel the query; False when it has ended. Reading then raises ``RequestFailed``."""
+        return self._client.cancel(self)
+
+    def close(self) -> None:
+        """Cancel what has not arrived."""
+        self._stream.abandon()
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        if self._table is not None:
+            yield from self._table.to_batches()
+            return
+        while (batch := self._client._run(self._stream.next_batch())) is not None:
+            yield batch
+
+    def __enter__(self) -> Result:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._stream.abandon()
+
+
+class Session:
+    """Queries that share one cursor of the server and run one after the other.
+
+    It lives as long as the connection of its first use. After that, or after the server ended it,
+    its methods raise ``SessionEnded``. A result that is not read to its end when the next
+    statement is sent, is read into memory first. For one thread at a time.
+    """
+
+    def __init__(self, client: Client, state: flows.Session) -> None:
+        self._client = client
+        self._state = state
+
+    @property
+    def name(self) -> str:
+        """The name of the session on its connection."""
+        return self._state.name
+
+    def query(self, sql: str, params: Parameters | None = None, **options: Any) -> Result:
+        """Like ``Client.query``, in this session."""
+        return self._client.query(sql, params, session=self, **options)
+
+    def rows(
+        self, sql: str, params: Parameters | None = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Like ``Client.rows``, in this session."""
+        return self._client.rows(sql, params, session=self, **options)
+
+    def execute(self, sql: str, params: Parameters | None = None, **options: Any) -> None:
+        """Like ``Client.execute``, in this session."""
+        self._client.execute(sql, params, session=self, **options)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """``BEGIN``, and at the end of the block ``COMMIT``, or ``ROLLBACK`` when it raises."""
+        self.execute("BEGIN")
+        try:
+            yield self
+        except BaseException:
+            # A session that ended was rolled back by the server.
+            with suppress(RequestFailed, ConnectionLost):
+                self.execute("ROLLBACK")
+            raise
+        self.execute("COMMIT")
+
+    def close(self) -> bool:
+        """End the session and roll back what is open; False when it had ended already."""
+        return self._client._run(self._client._requests.close_session(self._state))
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Wire:
+    """One WebSocket and its two threads."""
+
+    def __init__(self, url: str, token: str | None, timeout: float) -> None:
+        # Its put may be called by a finalizer, in the middle of another put.
+        self._outgoing: queue.SimpleQueue[str | bytes | None] = queue.SimpleQueue()
+        self.link = Link(self._outgoing.put, queue.SimpleQueue)
+        with ExitStack() as stack:
+            try:
+                opening = connect_websocket(
+                    url,
+                    additional_headers=headers(token),
+                    compression=None,
+                    max_size=None,
+                    open_timeout=timeout,
+                    close_timeout=CLOSE_TIMEOUT_S,
+                )
+                self._socket: ClientConnection = stack.enter_context(opening)
+            except WebSocketException as error:
+                raise refused(url, error) from error
+            self._stack = stack.pop_all()
+        self._threads = [
+            threading.Thread(target=target, name="sqlrooms-client", daemon=True)
+            for target in (self._send, self._receive)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        self._stack.close()
+        for thread in self._threads:
+            thread.join()
+
+    def _send(self) -> None:
+        # The thread that receives knows why the connection closed, and tells.
+        with suppress(ConnectionClosed):
+            while (message := self._outgoing.get()) is not None:
+                self._socket.send(message)
+
+    def _receive(self) -> None:
+        reason = "The connection was closed."
+        try:
+            for message in self._socket:
+                self.link.receive(message)
+        except ConnectionClosed as closed:
+            reason = f"The connection was lost: {closed}."
+        except (ValueError, LookupError, TypeError) as broken:
+            reason = f"The server sent what is no reply: {broken}"
+        finally:
+            self.link.fail(reason)
+            self._outgoing.put(None)
+            self._socket.close()
+
+
+def _receive(inbox: queue.SimpleQueue[Any], deadline: float | None) -> Any:
+    while True:
+        wait = _LONGEST_WAIT_S
+        if deadline is not None:
+            wait = min(wait, deadline - time.monotonic())
+        try:
+            return inbox.get(timeout=max(0, wait))
+        except queue.Empty:
+            if deadline is not None and time.monotonic() >= deadline:
+                return None
