@@ -166,7 +166,7 @@ def test_a_signal_while_results_stream(serve: Callable[..., ServerProcess]) -> N
     process = serve()
     with process.connect() as wire:
         wire.send(type="arrow", sql="from range(1000000000)", queryId="stream")
-        wire.send(type="hello")
+        assert wire.request(type="hello")["type"] == "welcome"
         process.process.send_signal(signal.SIGTERM)
         error: Any = None
         while error is None:
