@@ -15,7 +15,7 @@ from sqlrooms_server.features import Feature, MessageHandler, Route
 from sqlrooms_server.features.chunked import Acks
 from sqlrooms_server.features.health import Health
 from sqlrooms_server.features.queries import Queries
-from sqlrooms_server.features.requests import Requests
+from sqlrooms_server.features.requests import Requests, as_server_error
 from sqlrooms_server.features.sessions import Sessions
 from sqlrooms_server.features.uploads import Uploads
 from sqlrooms_server.jobs import Scheduler
@@ -209,9 +209,15 @@ class Server:
             return
         try:
             message = decode(data, is_text=is_text, limits=self._limits)
-            self._handle(peer, message)
         except ServerError as error:
             peer.send_error(error)
+            return
+        try:
+            self._handle(peer, message)
+        except Exception as error:  # top guard of a message: its sender waits for an answer
+            query_id = getattr(message, "query_id", None)
+            told = as_server_error(error)
+            peer.send_error(type(told)(str(told), told.query_id or query_id))
 
     def closed(self, connection: Connection) -> None:
         peer: Peer = connection.handler_data

@@ -215,6 +215,7 @@ def upload(connection: Connection, data: Upload, window: int) -> float:
             connection.receive(replies)
         fields = {"queryId": "u", "tableName": "t", "seq": seq, "last": last}
         header = _message("uploadArrow", **fields)
+        header += b" " * (-(4 + len(header)) % 8)
         connection.send_binary(len(header).to_bytes(4, "big") + header, message)
         sent += len(message)
     while replies.rows is None:

@@ -146,8 +146,9 @@ def encode(**fields: Any) -> str:
 
 
 def framed(header: str, body: bytes) -> bytes:
-    """A binary message."""
+    """A binary message, padded so that the server need not copy the body to align it."""
     encoded = header.encode()
+    encoded += b" " * (-(4 + len(encoded)) % 8)
     return b"".join((len(encoded).to_bytes(4, "big"), encoded, body))
 
 
