@@ -199,6 +199,15 @@ def test_an_error_after_the_first_batches(db: Client) -> None:
         next(iter(result))
 
 
+def test_rows_that_fail_half_way(db: Client) -> None:
+    """What was sent of them is cut, and the connection is used on."""
+    session = db.session()
+    session.execute("set variable v = 1")
+    with pytest.raises(RequestFailed, match="late"):
+        db.rows("select if(i < 2000000, 1, error('late'))::int as a from range(3000000) t(i)")
+    assert session.rows("select getvariable('v') as v") == [{"v": 1}]
+
+
 def test_timeout(db: Client) -> None:
     for call in (db.query, db.rows, db.execute):
         with pytest.raises(QueryTimeout) as failed:

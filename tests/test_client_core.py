@@ -175,8 +175,9 @@ def test_what_might_change_something_is_no_read(sql: str) -> None:
     assert not is_read(sql)
 
 
-def test_messages_of_unknown_types_are_ignored() -> None:
+def test_messages_of_unknown_types_and_cut_results_are_ignored() -> None:
     assert decode('{"type": "notify", "payload": 1}') is None
+    assert decode('{"type":"json","queryId":1,"data":"[{') is None
     for broken in ('{"type": "ok"}', "[1]", "1", "{", b"\xff\xff\xff\xff{}"):
         with pytest.raises((ValueError, LookupError, TypeError)):
             decode(broken)

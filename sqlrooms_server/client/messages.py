@@ -14,6 +14,9 @@ Key = tuple[str, Id]
 
 HELLO: Key = ("hello", "")
 
+# How results of the server begin.
+_JSON_RESULT = '{"type":"json",'
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -121,10 +124,12 @@ Reply = (
 
 
 def decode(message: str | bytes) -> tuple[Key | None, Reply] | None:
-    """What the server sent, and what it belongs to; None for types this client does not know.
+    """What the server sent, and what it belongs to.
 
-    The key is None for an error about no certain request. Raises ``ValueError``, ``LookupError``
-    or ``TypeError`` for what is no message of the protocol.
+    None for types this client does not know, and for a JSON result that failed half-way: it is cut,
+    and the error follows as a message of its own. The key is None for an error about no certain
+    request. Raises ``ValueError``, ``LookupError`` or ``TypeError`` for what is no message of the
+    protocol.
     """
     body = memoryview(b"")
     if isinstance(message, bytes):
@@ -132,7 +137,12 @@ def decode(message: str | bytes) -> tuple[Key | None, Reply] | None:
         fields = ujson.loads(message[4:end])
         body = memoryview(message)[end:]
     else:
-        fields = ujson.loads(message)
+        try:
+            fields = ujson.loads(message)
+        except ValueError:
+            if message.startswith(_JSON_RESULT):
+                return None
+            raise
     decoder = _DECODERS.get(fields["type"])
     return None if decoder is None else decoder(fields, body)
 
