@@ -335,6 +335,56 @@ def test_ctrl_c_cancels(launch: Callable[..., LocalServer], call: str) -> None:
         assert process.wait(DEADLINE) == 0
 
 
+INTERRUPTED_ANYWHERE = """
+import random
+import signal
+import sys
+import pyarrow as pa
+from sqlrooms_server.client import connect
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+def consume():
+    for _ in db.query("select i, i::varchar as s from range(1000000) t(i)"):
+        pass
+
+signal.signal(signal.SIGALRM, interrupt)
+table = pa.table({"a": range(1_000_000)})
+with connect(sys.argv[1]) as db:
+    session = db.session()
+    session.execute("set variable v = 1")
+    calls = [
+        consume,
+        lambda: db.query("from range(1000000)").to_arrow(),
+        lambda: db.rows("from range(20000)"),
+        lambda: db.upload("t", table),
+    ]
+    for call in calls * 15:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0005, 0.02))
+            try:
+                call()
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            pass
+        assert db.rows("select 1 as a") == [{"a": 1}]
+    # The session lives, and so does the first connection.
+    print(session.rows("select getvariable('v') as v"))
+"""
+
+
+def test_ctrl_c_at_any_moment_leaves_the_connection_usable(server: LocalServer) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_ANYWHERE, server.url],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert (done.stdout, done.stderr) == ("[{'v': 1}]\n", "")
+
+
 def test_a_slow_consumer_bounds_the_memory(serve: Callable[..., ServerProcess]) -> None:
     with connect(serve().url) as db:
         db.query("from range(1000000)").to_arrow()
