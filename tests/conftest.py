@@ -41,7 +41,8 @@ class ServerProcess:
         address = re.search(r"ws://\S+:(\d+)", self.welcome)
         if address is None:
             self.process.kill()
-            raise AssertionError(f"The server did not start: {self.process.stderr.read()}")  # type: ignore[union-attr]
+            self.wait()
+            raise AssertionError(f"The server did not start: {self.errors}")
         self.port = int(address[1])
         self.url = f"ws://127.0.0.1:{self.port}"
 

@@ -315,3 +315,19 @@ def test_abrupt_disconnects_in_every_phase(server: LocalServer) -> None:
         abort(wire)
     with server.connect() as alive:
         assert alive.table("select 1 as a").num_rows == 1
+
+
+def test_a_killed_server_can_start_again_on_its_port(serve: Callable[..., ServerProcess]) -> None:
+    """The connections of the dead one stay for a minute; a live one is not to be joined."""
+    process = serve()
+    with process.connect() as wire:
+        wire.table("select 1")
+        process.stop(signal.SIGKILL)
+    for _ in range(2):
+        again = serve("--port", str(process.port))
+        assert again.port == process.port
+        with again.connect() as wire:
+            wire.table("select 1")
+            with pytest.raises(AssertionError, match="Address already in use"):
+                serve("--port", str(process.port))
+            again.stop(signal.SIGKILL)

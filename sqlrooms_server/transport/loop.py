@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
-import socket
 import threading
 import time
 from collections import deque
@@ -14,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sqlrooms_server.errors import StartupError
-from sqlrooms_server.transport import native
+from sqlrooms_server.transport import addresses, native
 from sqlrooms_server.transport.connection import Connection
 from sqlrooms_server.transport.http import Exchange, HttpRequest, read_request
 
@@ -99,8 +97,8 @@ class Transport:
 
         Raises ``StartupError`` when that is not possible.
         """
-        addresses = _resolve(host, port)
-        self._thread = threading.Thread(target=self._run, args=(addresses, port), name="uws")
+        found = addresses.resolve(host, port)
+        self._thread = threading.Thread(target=self._run, args=(found, port), name="uws")
         self._thread.start()
         self._ready.wait()
         if self._failure is not None:
@@ -135,10 +133,10 @@ class Transport:
         self.post(self._begin_stop, deadline)
         self._thread.join()
 
-    def _run(self, addresses: list[str], port: int) -> None:
+    def _run(self, found: list[str], port: int) -> None:
         try:
             self._create()
-            for address in addresses:
+            for address in found:
                 self._listen(address, self.addresses[0][1] if self.addresses else port)
         except BaseException as error:  # handed to the thread that waits in start()
             self._failure = error
@@ -218,6 +216,21 @@ class Transport:
         return callback
 
     def _listen(self, address: str, port: int) -> None:
+        listener = self._try_to_listen(address, port, native.EXCLUSIVE_PORT)
+        if listener is None and addresses.only_closed_connections(address, port):
+            listener = self._try_to_listen(address, port, native.SHARED_PORT)
+        if listener is None:
+            raise StartupError(addresses.why_not(address, port))
+        addresses.let_others_follow(native.descriptor(listener))
+        self._listeners.append(listener)
+        context = native.socket_context(listener)
+        if context not in self._contexts:
+            self._contexts.append(context)
+        bound = int(lib.us_socket_local_port(PLAIN, listener))
+        self.addresses.append((address, bound))
+
+    def _try_to_listen(self, address: str, port: int, options: int) -> Any:
+        """The listening socket; None when the port is taken."""
         listeners: list[Any] = []
 
         def on_listen(listener: Any, config: Any, user_data: Any) -> None:
@@ -227,18 +240,11 @@ class Transport:
         signature = "void(struct us_listen_socket_t*, uws_app_listen_config_t, void*)"
         config = ffi.new("uws_app_listen_config_t*")
         host = ffi.new("char[]", address.encode())
-        config.port, config.host, config.options = port, host, native.EXCLUSIVE_PORT
+        config.port, config.host, config.options = port, host, options
         lib.uws_app_listen_with_config(
             PLAIN, self._app, config[0], self._callback(signature, on_listen), ffi.NULL
         )
-        if not listeners:
-            raise StartupError(_why_not(address, port))
-        self._listeners += listeners
-        context = native.socket_context(listeners[0])
-        if context not in self._contexts:
-            self._contexts.append(context)
-        bound = int(lib.us_socket_local_port(PLAIN, listeners[0]))
-        self.addresses.append((address, bound))
+        return listeners[0] if listeners else None
 
     def _close_listeners(self) -> None:
         if self._listening:
@@ -356,48 +362,3 @@ class Transport:
             function(*arguments)
         except Exception:  # loop-callback guard
             log.exception("A callback of the transport failed.")
-
-
-def _resolve(host: str, port: int) -> list[str]:
-    """The addresses of ``host``, IPv4 first. uWebSockets binds one for each listen."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise StartupError(f"--host {host} is not an address of this machine: {error}.") from error
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    if len(addresses) > 1:
-        # localhost has an IPv6 address in many places where the machine has no IPv6.
-        addresses = [address for address in addresses if _exists(address)] or addresses
-    return sorted(addresses, key=lambda address: ":" in address)
-
-
-def _exists(address: str) -> bool:
-    try:
-        with socket.socket(_family(address)) as probe:
-            probe.bind((address, 0))
-    except OSError:
-        return False
-    return True
-
-
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
-def _why_not(address: str, port: int) -> str:
-    """Why listening failed; uWebSockets does not say, so it is tried again in Python."""
-    reason, hint = "unknown reason", "choose another --port or --host"
-    try:
-        with socket.socket(_family(address)) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((address, port))
-            probe.listen(1)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno == errno.EADDRINUSE:
-            hint = "another program listens there; stop it or choose another --port"
-        elif error.errno == errno.EADDRNOTAVAIL:
-            hint = "this machine has no such address; choose another --host"
-        elif error.errno == errno.EACCES:
-            hint = "ports below 1024 need privileges; choose another --port"
-    return f"Cannot listen on {address} port {port}: {reason}; {hint}."

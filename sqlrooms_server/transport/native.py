@@ -87,6 +87,7 @@ _extra_ffi.cdef(
     struct us_socket_context_t *us_socket_context(int ssl, void *socket);
     void us_socket_context_close(int ssl, struct us_socket_context_t *context);
     void us_loop_free(struct us_loop_t *loop);
+    int us_poll_fd(void *poll);
     void uv_walk(void *loop, void (*callback)(void *handle, void *argument), void *argument);
     void uv_close(void *handle, void *callback);
     int uv_is_closing(void *handle);
@@ -103,6 +104,7 @@ CONTINUATION = 0
 
 # Listen without SO_REUSEPORT, or a second server on the port would share the clients at random.
 EXCLUSIVE_PORT = 1
+SHARED_PORT = 0
 
 wakeup_loop = _extra.us_wakeup_loop
 loop_free = _extra.us_loop_free
@@ -139,6 +141,11 @@ def destroy_loop(uv: Any, loop: Any) -> None:
     for _ in range(3):
         lib.socketify_loop_run(uv, lib.SOCKETIFY_RUN_NOWAIT)
     lib.socketify_destroy_loop(uv)
+
+
+def descriptor(listener: Any) -> int:
+    """The file descriptor of ``listener``."""
+    return int(_extra.us_poll_fd(_extra_ffi.cast("void*", listener)))
 
 
 def socket_context(listener: Any) -> Any:
