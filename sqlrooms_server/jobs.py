@@ -38,8 +38,8 @@ TURN = 0.05
 # A job that takes longer does not count against the cores any more.
 _SHORT = 0.02
 
-# Jobs of one lane at one time. Results leave a connection one after the other, so more would
-# only hold more memory: each open result keeps DuckDB's streaming buffer and ready chunks.
+# Jobs of one lane at one time. Single messages leave a connection one after the other, so more
+# would only hold more memory: each open result keeps DuckDB's streaming buffer and ready chunks.
 MAX_OPEN_PER_LANE = 8
 
 

@@ -27,6 +27,8 @@ class ChunkedRequest(Request):
     ``idle_timeout`` seconds while the window is full loses the result.
     """
 
+    is_chunked = True
+
     def __init__(
         self,
         requests: Requests,

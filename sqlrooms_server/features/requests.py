@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 # can still be just an error.
 _STREAM_BYTES = 64 << 10
 
+# Chunked results of one connection at one time. They leave side by side, and the client decides
+# when each goes on, so those that wait for it must leave room for others.
+_MAX_OPEN_CHUNKED = 64
+
 # At most five progress messages a second.
 PROGRESS_SECONDS = 0.2
 
@@ -42,6 +46,7 @@ class _Client:
 
     requests: dict[QueryId, Request] = field(default_factory=dict)
     lane: Lane = field(default_factory=Lane)
+    chunked: Lane = field(default_factory=lambda: Lane(_MAX_OPEN_CHUNKED))
     held: int = 0
 
 
@@ -52,6 +57,8 @@ class Request:
     invalid, see :meth:`Outbox.fail`. The worker calls ``put`` and ``reply``; everything else
     belongs to the loop thread.
     """
+
+    is_chunked = False
 
     def __init__(
         self,
@@ -246,7 +253,8 @@ class Requests:
     def submit(self, request: Request, work: Work, lane: Lane | None = None) -> bool:
         """Queue ``work`` for ``request``; False when it was answered with why not.
 
-        ``lane`` is that of the connection unless given.
+        ``lane`` is one of the connection unless given: chunked results have their own, where
+        those that their client lets wait hold up nothing else.
         """
         client = self._clients.get(request.peer)
         if client is None:
@@ -255,12 +263,12 @@ class Requests:
         if refusal is not None:
             request.refuse(refusal)
             return False
+        if lane is None:
+            lane = client.chunked if request.is_chunked else client.lane
         client.requests[request.query_id] = request
         client.held += request.size
         try:
-            request.job = self._scheduler.submit(
-                lane or client.lane, work, request.interrupt, request.done
-            )
+            request.job = self._scheduler.submit(lane, work, request.interrupt, request.done)
         except ServerError as error:
             request.fail(error)
             return False
