@@ -342,14 +342,11 @@ def _cancel(fields: dict[str, Any], limits: Limits) -> Cancel:
 def _ack(fields: dict[str, Any], limits: Limits) -> Ack:
     if "queryId" not in fields:
         raise BadRequest("ack needs a field queryId.")
-    query_id = _query_id(fields)
-    try:
-        size = _whole_number(fields, "bytes", 0, 1 << 62)
-    except BadRequest as error:
-        raise BadRequest(str(error), query_id) from error
+    # Its errors carry no query id: they would be taken for the answer of the query.
+    size = _whole_number(fields, "bytes", 0, 1 << 62)
     if size is None:
-        raise BadRequest("ack needs a field bytes, the total consumed so far.", query_id)
-    return Ack(query_id, size)
+        raise BadRequest("ack needs a field bytes, the total consumed so far.")
+    return Ack(_query_id(fields), size)
 
 
 def _close_session(fields: dict[str, Any], limits: Limits) -> CloseSession:

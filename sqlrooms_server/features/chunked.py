@@ -56,11 +56,10 @@ class ChunkedRequest(Request):
         return self._outbox.put(chunk)
 
     def acknowledge(self, size: int) -> None:
-        """The client consumed ``size`` bytes in all. Raises ``BadRequest`` for more than it got."""
+        """The client consumed ``size`` bytes in all. More than it got ends the result."""
         if size > self._sent_bytes:
-            raise BadRequest(
-                f"ack of {size} bytes, but only {self._sent_bytes} were sent.", self.query_id
-            )
+            self.stop(BadRequest(f"ack of {size} bytes, but only {self._sent_bytes} were sent."))
+            return
         if size <= self._acked_bytes:
             return
         self._acked_bytes = size
