@@ -82,10 +82,13 @@ class Streams:
     def finish(self, streams: Iterable[Stream] | None = None, *, acks: bool = False) -> None:
         """Read until ``streams``, or all, have ended."""
         wanted = list(self.of.values() if streams is None else streams)
-        while not all(stream.ended for stream in wanted):
-            stream = self.receive()
-            if acks and stream is not None and not stream.ended:
+        for stream in wanted:
+            if acks and stream.body and not stream.ended:
                 self.ack(stream)
+        while not all(stream.ended for stream in wanted):
+            received = self.receive()
+            if acks and received is not None and not received.ended:
+                self.ack(received)
 
     def until(self, kind: str) -> Any:
         """Read until a message of type ``kind`` comes that belongs to no stream."""
