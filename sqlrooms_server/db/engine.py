@@ -161,7 +161,11 @@ class Cursor:
 
     def show_progress(self) -> None:
         """Let DuckDB estimate how far the next statements are."""
-        self.native.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
+        # A transaction that failed takes no SET, but must take the ROLLBACK that follows.
+        with contextlib.suppress(duckdb.Error):
+            self.native.execute(
+                "SET enable_progress_bar = true; SET enable_progress_bar_print = false"
+            )
 
     def progress(self) -> float | None:
         """How far the statement is, in percent; None when DuckDB does not know, or says 0."""
