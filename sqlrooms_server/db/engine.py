@@ -254,12 +254,13 @@ class Cursor:
     ) -> Result:
         """Run one SELECT of 2.x. The size of its batches must be known before its columns are."""
         width, text = statements.width, sql
+        bound: list[Any] = []
         if width is None or exact:
             names, types = bind(self.native, sql, values=params)[:2]
             width = len(names)
             if exact:
-                columns = columns_of(list(zip(names, types, strict=True)))
-                text = exact_for_json(sql, columns) or sql
+                bound = list(zip(names, types, strict=True))
+                text = exact_for_json(sql, columns_of(bound)) or sql
         opened = submit(self.native, text, params, "stream", _batch_rows(width))
         description = opened.description
         if len(description) > 2 * width:
@@ -267,7 +268,8 @@ class Cursor:
             opened.close()
             opened = submit(self.native, text, params, "stream", _batch_rows(len(description)))
         statements.width = len(description)
-        return Result(opened.arrow_reader(), description, statements)
+        # The types before the casts tell how their texts are meant.
+        return Result(opened.arrow_reader(), bound or description, statements)
 
     def _change(self, sql: str, params: Params | None, statements: Statements) -> Result:
         """Run a text whose last statement changes something.
