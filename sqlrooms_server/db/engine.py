@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from sqlrooms_server.db import files
 from sqlrooms_server.db.columns import Column, columns_of, exact_for_json, has_variant
-from sqlrooms_server.db.parameters import Params, bindable
+from sqlrooms_server.db.parameters import Params, bindable, check_binds
 from sqlrooms_server.db.statements import Classifier, Statements, quote_identifier, quote_literal
 from sqlrooms_server.errors import Cancelled, Conflict, QueryError, ServerError
 
@@ -206,11 +206,18 @@ class Cursor:
             return None
         if params is not None:
             params = bindable(self.native, params, statements)
-        if statements.may_retry and not self._shared:
-            retrying = self._engine.retrying
-            self._result = retrying(self, self._open, sql, params, statements, for_json)
-        else:
-            self._result = self._open(sql, params, statements, for_json)
+        try:
+            if statements.may_retry and not self._shared:
+                retrying = self._engine.retrying
+                self._result = retrying(self, self._open, sql, params, statements, for_json)
+            else:
+                self._result = self._open(sql, params, statements, for_json)
+        except duckdb.InvalidInputException:
+            if params is not None:
+                # On a cursor of its own: this one may be in a transaction that failed.
+                with self._engine.cursor() as other:
+                    check_binds(other.native, params)
+            raise
         return self._result
 
     def _open(

@@ -17,6 +17,8 @@ Params = list[Any] | dict[str, Any]
 _TYPE = "$type"
 _MAX_DEPTH = 100
 _MAX_TYPE_LENGTH = 1000
+# DuckDB 1.5 without pandas takes 70 us to bind each, and cannot be interrupted while it does.
+_MAX_VALUES = 100_000
 _MIN_INTEGER = -(1 << 127)
 _MAX_INTEGER = (1 << 128) - 1
 
@@ -25,9 +27,43 @@ def bindable(cursor: duckdb.DuckDBPyConnection, params: Params, statements: Stat
     """``params`` as DuckDB takes them. Raises ``BadRequest`` naming the one that does not fit."""
     if statements.parameters is not None:
         _check_names(params, statements.parameters)
+    if _count(params, _MAX_VALUES + 1) > _MAX_VALUES:
+        raise BadRequest(
+            f"params has more than {_MAX_VALUES} values; send that many with uploadArrow."
+        )
     if isinstance(params, list):
         return [_value(cursor, value, f"params[{i}]", 0) for i, value in enumerate(params)]
     return {name: _value(cursor, value, f"params.{name}", 0) for name, value in params.items()}
+
+
+def check_binds(cursor: duckdb.DuckDBPyConnection, params: Params) -> None:
+    """Raise ``BadRequest`` for one of ``params``, as :func:`bindable` made them, that cannot be
+    bound at all."""
+    named = enumerate(params) if isinstance(params, list) else params.items()
+    for name, value in named:
+        try:
+            cursor.execute("SELECT typeof($1)", [value]).fetchall()
+        except _UNBINDABLE as error:
+            where = f"params[{name}]" if isinstance(params, list) else f"params.{name}"
+            raise BadRequest(f"{where} cannot be bound: {error}") from error
+
+
+# RuntimeError and ValueError come from the binding of Python and DuckDB.
+_UNBINDABLE = (duckdb.Error, TypeError, ValueError, RuntimeError)
+
+
+def _count(value: Any, most: int) -> int:
+    """The values in ``value``, itself not counted, or a number over ``most``."""
+    waiting = [value]
+    found = 0
+    while waiting and found <= most:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            found += len(value)
+            waiting += value
+    return found
 
 
 def _check_names(params: Params, wanted: frozenset[str]) -> None:
@@ -85,9 +121,28 @@ def _value(cursor: duckdb.DuckDBPyConnection, value: Any, where: str, depth: int
         return _typed(cursor, value, where)
     if not value:
         raise BadRequest(f"{where} is an empty object, which no SQL type has.")
-    return {
+    members = {
         _text(name, where): _value(cursor, item, f"{where}.{name}", depth + 1)
         for name, item in value.items()
+    }
+    return _not_a_map(cursor, members, where) if members.keys() == {"key", "value"} else members
+
+
+def _not_a_map(cursor: duckdb.DuckDBPyConnection, members: dict[str, Any], where: str) -> Any:
+    """``members``, key and value, so that they are a MAP only if both are lists.
+
+    DuckDB takes any two of one length for a MAP, also texts, where it then fails for good.
+    """
+    if all(isinstance(member, list) for member in members.values()):
+        return members
+    lengths = {len(member) for member in members.values() if isinstance(member, list | dict)}
+    if all(isinstance(member, list | dict) for member in members.values()) and len(lengths) == 1:
+        raise BadRequest(f"{where} would be taken for a MAP; send it with its $type, a STRUCT.")
+    # A Value has no length.
+    text = cursor.sqltype("VARCHAR")
+    return {
+        name: duckdb.Value(member, text) if isinstance(member, str | None) else member
+        for name, member in members.items()
     }
 
 
@@ -111,10 +166,14 @@ def _typed(cursor: duckdb.DuckDBPyConnection, fields: dict[str, Any], where: str
         if isinstance(value, str):
             value = _decoded(value, where) if type_.id == "blob" else _text(value, where)
         bound = duckdb.Value(value, type_)
-        # Binding it alone tells whether it can be, before anything has run.
-        cursor.execute("SELECT $1", [bound]).fetchall()
-    except (duckdb.Error, TypeError, ValueError, RuntimeError) as error:
+        # Binding it alone tells whether it can be, before anything has run. Its type alone is
+        # read, since Python reads TIMESTAMPTZ only with pytz.
+        bound_type = cursor.execute("SELECT typeof($1)", [bound]).fetchall()[0][0]
+    except _UNBINDABLE as error:
         raise BadRequest(f"{where} is no {name[:100]}: {error}") from error
+    # DuckDB takes some values as what they look like; NULL and an empty list have no type.
+    if bound_type != str(type_) and '"NULL"' not in bound_type:
+        raise BadRequest(f"{where} is no {name[:100]}, but {bound_type[:100]}.")
     return bound
 
 
