@@ -12,11 +12,27 @@ import re
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import ujson
 
 from sqlrooms_server.errors import BadRequest, QueryId, ServerError, TooLarge
+from sqlrooms_server.messages import (
+    Ack,
+    Auth,
+    Cancel,
+    CloseSession,
+    Compression,
+    Format,
+    Hello,
+    Message,
+    Query,
+    QueryKind,
+    TableName,
+    Upload,
+    UploadChunk,
+    UploadMode,
+)
 
 PROTOCOL_VERSION = 1
 
@@ -33,101 +49,6 @@ MAX_SESSION_NAME_LENGTH = 64
 
 # Longer than any deadline somebody means, and safe to add to a clock.
 MAX_TIMEOUT_MS = 7 * 24 * 3600 * 1000
-
-QueryKind = Literal["arrow", "json", "exec"]
-Format = Literal["arrow", "json"]
-Compression = Literal["lz4", "zstd"]
-UploadMode = Literal["replace", "create", "append"]
-Params = list[Any] | dict[str, Any]
-TableName = tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Auth:
-    """``{type: "auth", token}``."""
-
-    token: str
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """``{type: "hello"}``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """``{type: "arrow" | "json" | "exec", sql, queryId?}`` and options.
-
-    ``formats`` are those the reply may have, the best first; none for ``exec``. ``timeout`` is
-    in seconds, ``window`` in bytes, None without a limit.
-    """
-
-    kind: QueryKind
-    sql: str
-    query_id: QueryId
-    formats: tuple[Format, ...] = ()
-    params: Params | None = None
-    timeout: float | None = None
-    max_rows: int | None = None
-    progress: bool = False
-    compression: Compression | None = None
-    stream: bool = False
-    window: int | None = None
-    session: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """``{type: "cancel", queryId}``."""
-
-    query_id: QueryId
-
-
-@dataclass(frozen=True, slots=True)
-class Ack:
-    """``{type: "ack", queryId, bytes}``: the bytes of a chunked result consumed so far."""
-
-    query_id: QueryId
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class CloseSession:
-    """``{type: "closeSession", session}``."""
-
-    session: str
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """Binary, header ``{type: "uploadArrow", tableName, queryId?, mode?}``, body an Arrow IPC
-    stream.
-
-    ``table`` holds one to three parts: table, schema and table, or catalog, schema and table.
-    """
-
-    table: TableName
-    query_id: QueryId
-    body: memoryview
-    mode: UploadMode = "replace"
-
-
-@dataclass(frozen=True, slots=True)
-class UploadChunk:
-    """An ``uploadArrow`` whose header has ``seq`` and ``last``: a part of the stream.
-
-    ``table`` is None unless ``seq`` is 0.
-    """
-
-    table: TableName | None
-    query_id: QueryId
-    body: memoryview
-    mode: UploadMode
-    seq: int
-    last: bool
-
-
-Message = Auth | Hello | Query | Cancel | Ack | CloseSession | Upload | UploadChunk
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,9 @@ from sqlrooms_server.features.requests import Requests, as_server_error
 from sqlrooms_server.features.sessions import Sessions
 from sqlrooms_server.features.uploads import Uploads
 from sqlrooms_server.jobs import Scheduler
+from sqlrooms_server.messages import Auth, Message
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.protocol import Auth, Limits, Message, decode, encode
+from sqlrooms_server.protocol import Limits, decode, encode
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.timers import Timers
 from sqlrooms_server.transport import (

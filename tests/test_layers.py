@@ -14,6 +14,7 @@ LAYERS = [
     ["query_command"],
     ["errors"],
     ["settings"],
+    ["messages"],
     ["protocol"],
     ["timers"],
     ["jobs"],

@@ -17,7 +17,7 @@ class Feature(Protocol):
 
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
-        """What to do with each message class of :mod:`sqlrooms_server.protocol`."""
+        """What to do with each message class of :mod:`sqlrooms_server.messages`."""
 
     @property
     def routes(self) -> Mapping[str, Route]:

@@ -9,9 +9,10 @@ from typing import Any
 from sqlrooms_server.errors import BadRequest, QueryId, Timeout
 from sqlrooms_server.features import MessageHandler, Route
 from sqlrooms_server.features.requests import Request, Requests
+from sqlrooms_server.messages import Ack
 from sqlrooms_server.outbox import Outbox
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.protocol import Ack, arrow_prefix
+from sqlrooms_server.protocol import arrow_prefix
 from sqlrooms_server.timers import Timer
 from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Chunk, Pull
 

@@ -11,8 +11,9 @@ from sqlrooms_server import __version__
 from sqlrooms_server.db.engine import DUCKDB_VERSION, Engine
 from sqlrooms_server.errors import ServerError
 from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.messages import Hello
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.protocol import PROTOCOL_VERSION, Hello, encode
+from sqlrooms_server.protocol import PROTOCOL_VERSION, encode
 from sqlrooms_server.settings import UPLOAD_WINDOW_BYTES, Settings
 from sqlrooms_server.transport import Exchange, HttpRequest
 

@@ -15,8 +15,9 @@ from sqlrooms_server.features.chunked import ChunkedRequest
 from sqlrooms_server.features.requests import Request, Requests
 from sqlrooms_server.features.sessions import Sessions
 from sqlrooms_server.jobs import Pause, Work
+from sqlrooms_server.messages import Query
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.protocol import Query, arrow_prefix, encode_ok, json_prefix, json_suffix
+from sqlrooms_server.protocol import arrow_prefix, encode_ok, json_prefix, json_suffix
 from sqlrooms_server.settings import Settings
 
 # A truncated result whose header must wait for its end is kept in memory up to this size.

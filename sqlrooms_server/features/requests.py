@@ -20,9 +20,10 @@ from sqlrooms_server.errors import (
 )
 from sqlrooms_server.features import MessageHandler, Route
 from sqlrooms_server.jobs import Job, Lane, Scheduler, State, Work
+from sqlrooms_server.messages import Cancel
 from sqlrooms_server.outbox import Outbox
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.protocol import Cancel, encode
+from sqlrooms_server.protocol import encode
 from sqlrooms_server.timers import Timer, Timers
 from sqlrooms_server.transport.connection import Chunk
 

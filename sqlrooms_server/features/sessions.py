@@ -9,8 +9,9 @@ from sqlrooms_server.db.engine import Cursor, Engine, SharedCursor
 from sqlrooms_server.errors import Busy, Gone, ServerError
 from sqlrooms_server.features import MessageHandler, Route
 from sqlrooms_server.jobs import Lane, Scheduler, Work
+from sqlrooms_server.messages import CloseSession
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.protocol import CloseSession, encode
+from sqlrooms_server.protocol import encode
 from sqlrooms_server.timers import Timer, Timers
 
 log = logging.getLogger(__name__)

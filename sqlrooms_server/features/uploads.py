@@ -22,8 +22,9 @@ from sqlrooms_server.errors import (
 from sqlrooms_server.features import MessageHandler, Route
 from sqlrooms_server.features.requests import Request, Requests
 from sqlrooms_server.jobs import Lane, Pause, Work
+from sqlrooms_server.messages import TableName, Upload, UploadChunk, UploadMode
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.protocol import TableName, Upload, UploadChunk, UploadMode, encode
+from sqlrooms_server.protocol import encode
 from sqlrooms_server.settings import UPLOAD_WINDOW_BYTES, Settings
 from sqlrooms_server.timers import Timer
 
