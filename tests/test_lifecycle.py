@@ -22,6 +22,7 @@ from websockets.exceptions import ConnectionClosed
 from sqlrooms_server import __version__
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.errors import StartupError
+from sqlrooms_server.messages import Cancel
 from sqlrooms_server.server import Server
 from sqlrooms_server.settings import Settings
 from tests.conftest import LocalServer, ServerProcess
@@ -331,3 +332,18 @@ def test_a_killed_server_can_start_again_on_its_port(serve: Callable[..., Server
             with pytest.raises(AssertionError, match="Address already in use"):
                 serve("--port", str(process.port))
             again.stop(signal.SIGKILL)
+
+
+def test_a_message_whose_handler_fails_is_answered(
+    server: LocalServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(peer: object, message: object) -> None:
+        raise ZeroDivisionError("a defect")
+
+    with server.connect() as wire:
+        wire.table("select 1")
+        server.server._handlers[Cancel] = fail
+        reply = wire.request(type="cancel", queryId=7)
+        assert (reply["type"], reply["queryId"], reply["code"]) == ("error", 7, "internal")
+        assert "a defect" in caplog.text and "a defect" not in reply["error"]
+        wire.table("select 1")
