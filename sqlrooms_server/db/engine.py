@@ -99,7 +99,7 @@ class Result:
     @property
     def fits_arrow(self) -> bool:
         """Whether every column can be read as Arrow. VARIANT cannot on 1.5."""
-        return _STREAMS_FROM_SQL or not any(has_variant(column.type) for column in self.columns)
+        return _fit_arrow(self.columns)
 
     def first_batch(self) -> pa.RecordBatch | None:
         """The first batch that has rows; None when there is none."""
@@ -190,13 +190,13 @@ class Cursor:
             raise Cancelled("The query was cancelled.")
 
     def run(
-        self, sql: str, params: Params | None = None, *, for_json: bool = False
+        self, sql: str, params: Params | None = None, *, for_json: bool | None = False
     ) -> Result | None:
         """Run ``sql`` and open its last result; None when the text holds no statement.
 
         A single statement that lost against a concurrent transaction is tried again, unless it
         may stand in a transaction of a session. With ``for_json`` a query's columns that Arrow
-        cannot carry exactly are cast by DuckDB.
+        cannot carry exactly are cast by DuckDB; None does so if it cannot carry one at all.
         """
         self.check()
         if self._result is not None:
@@ -221,11 +221,11 @@ class Cursor:
         return self._result
 
     def _open(
-        self, sql: str, params: Params | None, statements: Statements, for_json: bool
+        self, sql: str, params: Params | None, statements: Statements, for_json: bool | None
     ) -> Result | None:
         if statements.end_in_change:
             return self._change(sql, params, statements)
-        exact = for_json and statements.is_one_select
+        exact = bool(for_json) and statements.is_one_select
         if _BIND and _SUBMIT and statements.is_one_select:
             return self._submit(_BIND, _SUBMIT, sql, params, statements, exact)
         # 1.5 makes the whole result of sql() with parameters before its first row.
@@ -235,7 +235,10 @@ class Cursor:
         if opened is None:
             return None
         description = opened.description
-        cast = exact_for_json(sql, columns_of(description)) if exact else None
+        columns = columns_of(description)
+        if for_json is None and statements.is_one_select:
+            exact = not _fit_arrow(columns)
+        cast = exact_for_json(sql, columns) if exact else None
         if cast is not None:
             opened = self._ask(cast, params, relation)
         return Result(
@@ -306,6 +309,10 @@ def _as_server_error(error: BaseException) -> QueryError | Conflict:
     if isinstance(error, duckdb.OutOfMemoryException):
         return QueryError(f"{error} (--memory-limit and --temp-directory of the server)")
     return QueryError(str(error))
+
+
+def _fit_arrow(columns: tuple[Column, ...]) -> bool:
+    return _STREAMS_FROM_SQL or not any(has_variant(column.type) for column in columns)
 
 
 def _is_count(name: str, type_: Any) -> bool:

@@ -95,7 +95,8 @@ class Queries:
             request.cursor = cursor
             if query.progress:
                 cursor.show_progress()
-            result = self._run(cursor, query)
+            for_json = "json" in query.formats and (query.formats[0] == "json" or None)
+            result = cursor.run(query.sql, query.params, for_json=for_json)
             if result is None:
                 request.reply(encode_ok(query.query_id))
                 return
@@ -106,7 +107,7 @@ class Queries:
                 return
             limit = self._limit(result, query)
             first = result.first_batch()
-            if first is None and result.tells_nothing:
+            if first is None and result.tells_nothing and not result.truncated:
                 request.reply(encode_ok(query.query_id))
                 return
             chunks = yield from self._chunks(request, query, result, first, limit)
@@ -118,16 +119,6 @@ class Queries:
             request.put(chunk)
             if isinstance(request, ChunkedRequest):
                 request.summary = {"rows": result.rows, **_truncation(result, limit)}
-
-    @staticmethod
-    def _run(cursor: Cursor, query: Query) -> Result | None:
-        """Run the query for the first of its formats that can carry the result."""
-        for_json = query.formats[:1] == ("json",)
-        result = cursor.run(query.sql, query.params, for_json=for_json)
-        if result is not None and len(query.formats) > 1 and not for_json:
-            if not result.fits_arrow and result.statements.is_one_select:
-                result = cursor.run(query.sql, query.params, for_json=True)
-        return result
 
     def _limit(self, result: Result, query: Query) -> str:
         """Bound the rows of ``result``; the name of the limit that would truncate it."""
