@@ -57,6 +57,49 @@ def test_text(wire: Wire, text: str, expected: str) -> None:
     assert_bad_request(wire, text, expected)
 
 
+OPTIONS = [
+    ("params", [5, "x", True, 1.5], "params must be an array or an object"),
+    ("timeoutMs", [0, -1, 1.5, "5", True, [], {}, 10**15, 2**63], "timeoutMs must be"),
+    ("maxRows", [-1, 0.5, "5", True, [], {}, 2**60], "maxRows must be"),
+    ("progress", [0, 1, "true", [], {}], "progress must be true or false"),
+    ("format", [0, 1.5, True, {}, "xml", [], ["xml"], [1]], "format"),
+    ("compression", [0, True, "", "gzip", "LZ4", ["lz4"], {}], "compression must be one of"),
+    ("stream", [0, 1, "true", [], {}], "stream must be true or false"),
+    ("window", [0, -1, 0.5, "5", True, [], {}, 2**60], "window must be"),
+    ("session", [0, 5, True, "", "x" * 65, [], ["s"], {}], "session must be"),
+]
+
+
+@pytest.mark.parametrize(("option", "values", "expected"), OPTIONS, ids=lambda part: str(part)[:20])
+def test_options(wire: Wire, option: str, values: list[Any], expected: str) -> None:
+    for_results = option in ("maxRows", "format", "compression", "stream", "window")
+    for kind in ("arrow", "json", "exec"):
+        text = f"{option} is for results" if kind == "exec" and for_results else expected
+        for value in values:
+            fields = {"type": kind, "sql": "create table never(i int)", "queryId": "mine"}
+            reply = wire.request(**fields, **{option: value})
+            assert (reply["type"], reply["code"]) == ("error", "bad_request"), value
+            assert reply["queryId"] == "mine"
+            assert text in reply["error"]
+    assert "does not exist" in wire.arrow("from never")["error"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"type":"ack"}', "ack needs a field queryId"),
+        ('{"type":"ack","queryId":"q"}', "ack needs a field bytes"),
+        ('{"type":"ack","queryId":"q","bytes":-1}', "bytes must be"),
+        ('{"type":"ack","queryId":[],"bytes":1}', "queryId must be"),
+        ('{"type":"closeSession"}', "session must be"),
+        ('{"type":"closeSession","session":""}', "session must be"),
+        ('{"type":"closeSession","session":5}', "session must be"),
+    ],
+)
+def test_messages_beside_queries(wire: Wire, text: str, expected: str) -> None:
+    assert_bad_request(wire, text, expected)
+
+
 @pytest.mark.parametrize(
     "query_id", [None, True, False, 1.5, "", "x" * 257, "ü" * 129, [], [1], {}]
 )
