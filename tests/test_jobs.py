@@ -371,3 +371,39 @@ def test_a_queued_job_knows_how_many_come_first(schedule: Any) -> None:
         job.go.set()
     for job in (running, *queued):
         assert job.finish() is None
+
+
+def test_stops_and_resumes_at_the_same_time(schedule: Any) -> None:
+    """Jobs that park again and again, resumed and stopped from the thread of the timers."""
+    scheduler = schedule(workers=4, max_queue=1000)
+    results: defaultdict[int, list[BaseException | None]] = defaultdict(list)
+    closed: list[int] = []
+    ended = threading.Semaphore(0)
+
+    def start(number: int) -> Job:
+        def work() -> Work:
+            try:
+                for _ in range(50):
+                    scheduler.timers.after(number % 3 / 2000, lambda: job.resume())
+                    yield Pause.FULL
+            finally:
+                closed.append(number)
+
+        def done(error: BaseException | None) -> None:
+            results[number].append(error)
+            ended.release()
+
+        job: Job = scheduler.on(number % 7, work(), lambda: None, done)
+        if number % 2:
+            reason = Cancelled("stopped")
+            scheduler.timers.after(number % 23 / 1000, lambda: job.stop(reason))
+        return job
+
+    jobs = [start(number) for number in range(300)]
+    for _ in jobs:
+        assert ended.acquire(timeout=DEADLINE)
+    assert all(len(result) == 1 for result in results.values())
+    assert all(results[number] == [None] for number in range(0, 300, 2))
+    assert len(closed) == len(set(closed))
+    assert all(job.state is State.DONE for job in jobs)
+    assert all(lane._open == 0 and not lane._waiting for lane in scheduler.lanes.values())

@@ -94,7 +94,7 @@ def test_a_query_that_waits(launch: Callable[..., LocalServer]) -> None:
         wire.send(type="exec", sql=ENDLESS, queryId="runs")
         for number in range(3):
             wire.send(type="exec", sql="select 1", queryId=number, progress=True)
-        found = {}
+        found: dict[Any, Any] = {}
         while len(found) < 3:
             message = wire.receive()
             assert_progress(message, message["queryId"], "queued")
@@ -102,7 +102,7 @@ def test_a_query_that_waits(launch: Callable[..., LocalServer]) -> None:
             found[message["queryId"]] = message["position"]
         assert found == {0: 0, 1: 1, 2: 2}
         wire.send(type="cancel", queryId="runs")
-        answered = []
+        answered: list[Any] = []
         while len(answered) < 4:
             reply = wire.receive()
             if reply["type"] in ("ok", "error"):
@@ -116,7 +116,7 @@ def test_position_in_a_session(wire: Wire) -> None:
     wire.send(type="exec", sql=ENDLESS, queryId="runs", session="s")
     for number in range(2):
         wire.send(type="exec", sql="select 1", queryId=number, session="s", progress=True)
-    found = {}
+    found: dict[Any, Any] = {}
     while len(found) < 2:
         message = wire.receive()
         assert_progress(message, message["queryId"], "queued")
