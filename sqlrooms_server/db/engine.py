@@ -190,13 +190,14 @@ class Cursor:
             raise Cancelled("The query was cancelled.")
 
     def run(
-        self, sql: str, params: Params | None = None, *, for_json: bool | None = False
+        self, sql: str, params: Params | None = None, formats: tuple[str, ...] = ("arrow",)
     ) -> Result | None:
         """Run ``sql`` and open its last result; None when the text holds no statement.
 
         A single statement that lost against a concurrent transaction is tried again, unless it
-        may stand in a transaction of a session. With ``for_json`` a query's columns that Arrow
-        cannot carry exactly are cast by DuckDB; None does so if it cannot carry one at all.
+        may stand in a transaction of a session. ``formats`` are those that the result may be
+        sent in, the best first: for JSON, columns that Arrow cannot carry exactly are cast by
+        DuckDB.
         """
         self.check()
         if self._result is not None:
@@ -209,9 +210,9 @@ class Cursor:
         try:
             if statements.may_retry and not self._shared:
                 retrying = self._engine.retrying
-                self._result = retrying(self, self._open, sql, params, statements, for_json)
+                self._result = retrying(self, self._open, sql, params, statements, formats)
             else:
-                self._result = self._open(sql, params, statements, for_json)
+                self._result = self._open(sql, params, statements, formats)
         except duckdb.InvalidInputException:
             if params is not None:
                 # On a cursor of its own: this one may be in a transaction that failed.
@@ -221,11 +222,15 @@ class Cursor:
         return self._result
 
     def _open(
-        self, sql: str, params: Params | None, statements: Statements, for_json: bool | None
+        self,
+        sql: str,
+        params: Params | None,
+        statements: Statements,
+        formats: tuple[str, ...],
     ) -> Result | None:
         if statements.end_in_change:
             return self._change(sql, params, statements)
-        exact = bool(for_json) and statements.is_one_select
+        exact = formats[:1] == ("json",) and statements.is_one_select
         if _BIND and _SUBMIT and statements.is_one_select:
             return self._submit(_BIND, _SUBMIT, sql, params, statements, exact)
         # 1.5 makes the whole result of sql() with parameters before its first row.
@@ -235,12 +240,11 @@ class Cursor:
         if opened is None:
             return None
         description = opened.description
-        columns = columns_of(description)
-        if for_json is None and statements.is_one_select:
-            exact = not _fit_arrow(columns)
-        cast = exact_for_json(sql, columns) if exact else None
-        if cast is not None:
-            opened = self._ask(cast, params, relation)
+        if "json" in formats and statements.is_one_select:
+            columns = columns_of(description)
+            cast = exact_for_json(sql, columns) if exact or not _fit_arrow(columns) else None
+            if cast is not None:
+                opened = self._ask(cast, params, relation)
         return Result(
             opened.to_arrow_reader(_batch_rows(len(description))), description, statements
         )

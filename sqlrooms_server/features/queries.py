@@ -95,8 +95,7 @@ class Queries:
             request.cursor = cursor
             if query.progress:
                 cursor.show_progress()
-            for_json = "json" in query.formats and (query.formats[0] == "json" or None)
-            result = cursor.run(query.sql, query.params, for_json=for_json)
+            result = cursor.run(query.sql, query.params, query.formats)
             if result is None:
                 request.reply(encode_ok(query.query_id))
                 return
