@@ -35,7 +35,8 @@ class Query:
     """``{type: "arrow" | "json" | "exec", sql, queryId?}`` and options.
 
     ``formats`` are those the reply may have, the best first; none for ``exec``. ``timeout`` is
-    in seconds, ``window`` in bytes, None without a limit.
+    in seconds, ``window`` in bytes, None without a limit. ``size`` is that of the message in
+    bytes if it has ``params``.
     """
 
     kind: QueryKind
@@ -50,6 +51,7 @@ class Query:
     stream: bool = False
     window: int | None = None
     session: str | None = None
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,10 @@ def _decode_text(data: bytes, limits: Limits) -> Message:
     if decoder is None:
         known = ", ".join(sorted(_TEXT_DECODERS))
         raise _bad(fields, f"Unknown message type {_shown(kind)}; known are {known}.")
-    return decoder(fields, limits)
+    message = decoder(fields, limits)
+    if isinstance(message, Query) and message.params is not None:
+        return dataclasses.replace(message, size=len(data))
+    return message
 
 
 def _decode_binary(data: bytes) -> Message:

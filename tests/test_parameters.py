@@ -14,9 +14,10 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from tests.conftest import ServerProcess
+from tests.conftest import LocalServer, ServerProcess
 from tests.streams import stream
 from tests.test_large_results import reader_of
+from tests.test_queries import ENDLESS
 from tests.wire import Arrow, Wire
 
 
@@ -459,3 +460,21 @@ def test_ten_thousand_values(wire: Wire) -> None:
     assert reply.table()["a"].to_pylist() == numbers
     assert time.monotonic() - began < 30
     assert pa.types.is_int32(reply.table().schema.field("a").type)
+
+
+def test_what_waits_counts_with_its_params(launch: Callable[..., LocalServer]) -> None:
+    with launch(workers=1, max_message_size=1 << 20).connect() as wire:
+        wire.send(type="exec", sql=ENDLESS, queryId="long")
+        text = "x" * 900_000
+        for number in range(3):
+            wire.send(type="exec", sql="select $1", queryId=number, params=[text])
+        reply = wire.receive()
+        assert (reply["queryId"], reply["code"]) == (2, "busy")
+        assert "--max-message-size" in reply["error"]
+        wire.send(type="cancel", queryId="long")
+        assert sorted(wire.receive()["type"] for _ in range(4)) == [
+            "cancelAck",
+            "error",
+            "ok",
+            "ok",
+        ]

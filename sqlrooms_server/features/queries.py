@@ -66,7 +66,7 @@ class Queries:
             request.tell_progress()
 
     def _request(self, peer: Peer, query: Query) -> Request:
-        size = len(query.sql)
+        size = query.size or len(query.sql)
         if query.stream:
             return ChunkedRequest(
                 self._requests,
