@@ -168,7 +168,7 @@ class _StopSignals:
 
 
 def _welcome(settings: Settings, port: int) -> str:
-    from sqlrooms_server.db.engine import DUCKDB_VERSION
+    from sqlrooms_server.db.cursor import DUCKDB_VERSION
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     if host == "127.0.0.1":

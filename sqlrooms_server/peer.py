@@ -28,6 +28,11 @@ class Peer:
     def remote_address(self) -> str:
         return "" if self._connection is None else self._connection.remote_address
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether what was sent before waits for the client to read."""
+        return self._connection is not None and self._connection.is_behind
+
     def send(self, message: bytes) -> None:
         """Send a text message."""
         if self._connection is not None:

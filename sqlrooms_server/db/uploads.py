@@ -9,7 +9,8 @@ from typing import Any, Literal
 import duckdb
 import pyarrow as pa
 
-from sqlrooms_server.db.engine import Cursor, Engine
+from sqlrooms_server.db.cursor import Cursor
+from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.ipc import STREAM_ERRORS, broken, numbered
 from sqlrooms_server.db.statements import quote_identifier
 from sqlrooms_server.errors import Conflict

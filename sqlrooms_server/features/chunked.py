@@ -119,8 +119,9 @@ class ChunkedRequest(Request):
 
     def _wait_for_acks(self) -> None:
         if self._stalled is None:
+            acked = self._acked_bytes
             self._stalled = self._requests.timers.after(
-                self._idle_timeout, lambda: self._requests.post(self._give_up)
+                self._idle_timeout, lambda: self._requests.post(self._give_up, acked)
             )
 
     def _has_moved(self) -> None:
@@ -128,8 +129,9 @@ class ChunkedRequest(Request):
             self._stalled.cancel()
             self._stalled = None
 
-    def _give_up(self) -> None:
-        if self._stalled is not None:
+    def _give_up(self, acked: int) -> None:
+        """The time is over that began when ``acked`` bytes were acknowledged."""
+        if self._acked_bytes == acked:
             self.stop(
                 Timeout(
                     f"The client did not acknowledge a chunk for {self._idle_timeout:g} s "

@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable, Mapping
 
 from sqlrooms_server import __version__
-from sqlrooms_server.db.engine import DUCKDB_VERSION, Engine
+from sqlrooms_server.db.cursor import DUCKDB_VERSION
+from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.errors import ServerError
 from sqlrooms_server.features import MessageHandler, Route
 from sqlrooms_server.messages import Hello

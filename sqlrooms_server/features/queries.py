@@ -7,7 +7,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack
 from typing import IO, Any
 
-from sqlrooms_server.db.engine import Cursor, Engine, Result
+from sqlrooms_server.db.cursor import Cursor, Result
+from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.results import BROKEN_ARROW, Chunk, arrow_chunks, json_chunks
 from sqlrooms_server.errors import ServerError, TooLarge
 from sqlrooms_server.features import MessageHandler, Route
@@ -20,8 +21,10 @@ from sqlrooms_server.peer import Peer
 from sqlrooms_server.protocol import arrow_prefix, encode_ok, json_prefix, json_suffix
 from sqlrooms_server.settings import Settings
 
-# A truncated result whose header must wait for its end is kept in memory up to this size.
+# A result whose header must wait for its end is kept in memory up to the first size, and on disk
+# up to the second.
 _SPOOL_BYTES = 8 << 20
+_MAX_SPOOL_BYTES = 1 << 30
 _SPOOL_CHUNK_BYTES = 512 << 10
 
 
@@ -165,6 +168,11 @@ class Queries:
             spool = stack.enter_context(tempfile.SpooledTemporaryFile(_SPOOL_BYTES))
             for chunk in arrow_chunks(result, first, b"", query.compression):
                 spool.write(chunk)
+                if spool.tell() > _MAX_SPOOL_BYTES:
+                    raise TooLarge(
+                        f"With maxRows, one message holds at most {_MAX_SPOOL_BYTES} bytes; ask "
+                        "for chunks (stream)."
+                    )
                 yield Pause.TURN
             stack.pop_all()
         prefix = arrow_prefix(query_id, **_truncation(result, limit))

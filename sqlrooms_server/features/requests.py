@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from sqlrooms_server.db.engine import Cursor
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.errors import (
     Busy,
     Cancelled,
@@ -34,8 +34,9 @@ log = logging.getLogger(__name__)
 _STREAM_BYTES = 64 << 10
 
 # Chunked results of one connection at one time. They leave side by side, and the client decides
-# when each goes on, so those that wait for it must leave room for others.
-_MAX_OPEN_CHUNKED = 64
+# when each goes on, so those that wait for it must leave room for others. Each holds about 8 MiB,
+# most of it in DuckDB.
+_MAX_OPEN_CHUNKED = 32
 
 # At most five progress messages a second.
 PROGRESS_SECONDS = 0.2
@@ -182,7 +183,8 @@ class Request:
     def _send_progress(self, message: bytes) -> None:
         if self.answered or self._begins_no_more_messages:
             return
-        self.peer.send(message)
+        if not self.peer.is_behind:
+            self.peer.send(message)
         self.tell_progress()
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-from sqlrooms_server.db.engine import Cursor, Engine, SharedCursor
+from sqlrooms_server.db.cursor import Cursor, SharedCursor
+from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.errors import Busy, Gone, ServerError
 from sqlrooms_server.features import MessageHandler, Route
 from sqlrooms_server.jobs import Lane, Scheduler, Work

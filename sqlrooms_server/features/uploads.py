@@ -113,11 +113,15 @@ class ChunkedUpload(Request):
             self._idle.cancel()
         self._idle = None
         if not (self._has_last or self.answered):
+            seq = self._next_seq
             self._idle = self._requests.timers.after(
-                self._idle_timeout, lambda: self._requests.post(self._look_whether_idle)
+                self._idle_timeout, lambda: self._requests.post(self._look_whether_idle, seq)
             )
 
-    def _look_whether_idle(self) -> None:
+    def _look_whether_idle(self, seq: int) -> None:
+        """The time is over that began when the chunk ``seq`` was awaited."""
+        if self._next_seq != seq:
+            return
         if self._waiting_bytes:
             # The client waits for the server, not the other way round.
             self._restart_idle_timer()

@@ -137,6 +137,13 @@ class Connection:
     def is_open(self) -> bool:
         return self._ws is not None
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether complete messages wait, or the socket is full."""
+        return self._ws is not None and (
+            bool(self._messages) or native.ws_buffered(native.PLAIN, self._ws) >= NATIVE_HIGH_BYTES
+        )
+
     def send(self, data: bytes, *, is_text: bool) -> None:
         """Send one message, after those before it. A client that does not read is cut off."""
         if self._ws is None:

@@ -1,0 +1,343 @@
+"""A cursor of one job: running SQL text and reading its result batch by batch."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import pyarrow as pa
+
+from sqlrooms_server.db.columns import Column, columns_of, exact_for_json, has_variant
+from sqlrooms_server.db.parameters import Params, bindable, check_binds
+from sqlrooms_server.db.statements import Statements
+from sqlrooms_server.errors import Cancelled, Conflict, QueryError, ServerError
+
+if TYPE_CHECKING:
+    from sqlrooms_server.db.engine import Engine
+
+DUCKDB_VERSION: str = duckdb.__version__
+
+# 2.x streams Arrow from sql() and copies every row for execute(); 1.5 is the other way round in
+# speed and returns None from sql() for anything but a query.
+_STREAMS_FROM_SQL = int(DUCKDB_VERSION.split(".")[0]) >= 2
+
+# What a relation of 2.x binds and runs its statement with. A small query takes a quarter to two
+# fifths less time without the relation around it; sql() serves where these are missing.
+_BIND: Callable[..., Any] | None = getattr(duckdb.DuckDBPyConnection, "_bind", None)
+_SUBMIT: Callable[..., Any] | None = getattr(duckdb.DuckDBPyConnection, "_submit", None)
+
+# Values of a batch, all columns together: about 1 MiB of Arrow data, so that the memory of a
+# query does not grow with the number of its columns.
+_BATCH_VALUES = 1 << 16
+# DuckDB's vector size; a smaller batch saves nothing.
+_MIN_BATCH_ROWS = 2048
+
+_CONFLICT_WORDS = ("conflict", "another transaction", "different transaction")
+
+
+class Result:
+    """A result that is read batch by batch from ``batches``; ``reader`` knows its schema."""
+
+    __slots__ = ("_description", "batches", "reader", "rows", "statements", "truncated")
+
+    def __init__(
+        self, reader: pa.RecordBatchReader, description: list[Any], statements: Statements
+    ) -> None:
+        self.reader = reader
+        self.batches: Iterable[pa.RecordBatch] = reader
+        self.statements = statements
+        # What count_rows() found so far.
+        self.rows = 0
+        self.truncated = False
+        self._description = description
+
+    def count_rows(
+        self, max_rows: int | None = None, refuse: Callable[[], ServerError] | None = None
+    ) -> None:
+        """Count the rows as they are read.
+
+        When there are more than ``max_rows``, raise what ``refuse`` returns, or without it, end
+        there and note that the result is truncated.
+        """
+        self.batches = self._counted(max_rows, refuse)
+
+    def _counted(
+        self, max_rows: int | None, refuse: Callable[[], ServerError] | None
+    ) -> Iterator[pa.RecordBatch]:
+        for batch in self.reader:
+            if max_rows is not None and self.rows + batch.num_rows > max_rows:
+                if refuse is not None:
+                    raise refuse()
+                self.truncated = True
+                batch = batch.slice(0, max_rows - self.rows)
+            self.rows += batch.num_rows
+            yield batch
+            if self.truncated:
+                return
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Names and DuckDB types of the columns."""
+        return columns_of(self._description)
+
+    @property
+    def fits_arrow(self) -> bool:
+        """Whether every column can be read as Arrow. VARIANT cannot on 1.5."""
+        return _fit_arrow(self.columns)
+
+    def first_batch(self) -> pa.RecordBatch | None:
+        """The first batch that has rows; None when there is none."""
+        for batch in self.batches:
+            if batch.num_rows:
+                return batch
+        return None
+
+    @property
+    def tells_nothing(self) -> bool:
+        """Whether the result, if it has no rows, stands for "done" rather than for a table.
+
+        DuckDB reports statements without a result as an empty column ``Success`` or ``Count``.
+        """
+        if self.statements.returns_rows or len(self._description) != 1:
+            return False
+        name, type_ = self._description[0][:2]
+        return (name, str(type_)) in (("Success", "BOOLEAN"), ("Count", "BIGINT"))
+
+
+class Cursor:
+    """A cursor of one job, closed at the end of its ``with`` block.
+
+    DuckDB's errors come out of the block as ``QueryError`` with their text, or ``Conflict``. Only
+    its worker uses a cursor; :meth:`interrupt` and :meth:`progress` are for other threads.
+
+    The native cursor of a session outlives the job: it is ``shared`` with those before and after.
+    """
+
+    def __init__(
+        self, native: duckdb.DuckDBPyConnection, engine: Engine, *, shared: bool = False
+    ) -> None:
+        self.native = native
+        self._shared = shared
+        # Whether a statement that changes something has finished.
+        self.has_written = False
+        self._engine = engine
+        self._interrupted = False
+        self._result: Result | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Cursor:
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        try:
+            if isinstance(error, _DATABASE_ERRORS):
+                raise as_server_error(error) from error
+        finally:
+            self.close()
+
+    def interrupt(self) -> None:
+        """Cut short what runs and refuse to run more. Never blocks."""
+        self._interrupted = True
+        with self._lock, contextlib.suppress(duckdb.Error):
+            if not self._closed:
+                self.native.interrupt()
+
+    def show_progress(self) -> None:
+        """Let DuckDB estimate how far the next statements are."""
+        # A transaction that failed takes no SET, but must take the ROLLBACK that follows.
+        with contextlib.suppress(duckdb.Error):
+            self.native.execute(
+                "SET enable_progress_bar = true; SET enable_progress_bar_print = false"
+            )
+
+    def progress(self) -> float | None:
+        """How far the statement is, in percent; None when DuckDB does not know, or says 0."""
+        with self._lock, contextlib.suppress(duckdb.Error):
+            percent = -1.0 if self._closed else self.native.query_progress()
+            return percent if 0.0 < percent <= 100.0 else None
+        return None
+
+    def close(self) -> None:
+        """Roll an open transaction back and free what the cursor holds."""
+        with self._lock:
+            self._closed = True
+        if self._result is not None:
+            # A reader that somebody still refers to would keep the transaction open.
+            self._result.reader.close()
+        if not self._shared:
+            self.native.close()
+
+    def check(self) -> None:
+        """Raise ``Cancelled`` when the cursor was interrupted."""
+        if self._interrupted:
+            raise Cancelled("The query was cancelled.")
+
+    def run(
+        self, sql: str, params: Params | None = None, formats: tuple[str, ...] = ("arrow",)
+    ) -> Result | None:
+        """Run ``sql`` and open its last result; None when the text holds no statement.
+
+        A single statement that lost against a concurrent transaction is tried again, unless it
+        may stand in a transaction of a session. ``formats`` are those that the result may be
+        sent in, the best first: for JSON, columns that Arrow cannot carry exactly are cast by
+        DuckDB.
+        """
+        self.check()
+        if self._result is not None:
+            self._result.reader.close()
+        statements = self._engine.classifier.classify(self.native, sql)
+        if statements.kinds == ():
+            return None
+        if params is not None:
+            params = bindable(self.native, params, statements)
+        try:
+            if statements.may_retry and not self._shared:
+                retrying = self._engine.retrying
+                self._result = retrying(self, self._open, sql, params, statements, formats)
+            else:
+                self._result = self._open(sql, params, statements, formats)
+        except duckdb.InvalidInputException:
+            if params is not None:
+                # On a cursor of its own: this one may be in a transaction that failed.
+                with self._engine.cursor() as other:
+                    check_binds(other.native, params)
+            raise
+        return self._result
+
+    def _open(
+        self,
+        sql: str,
+        params: Params | None,
+        statements: Statements,
+        formats: tuple[str, ...],
+    ) -> Result | None:
+        if statements.end_in_change:
+            return self._change(sql, params, statements)
+        exact = formats[:1] == ("json",) and statements.is_one_select
+        if _BIND and _SUBMIT and statements.is_one_select:
+            return self._submit(_BIND, _SUBMIT, sql, params, statements, exact)
+        # 1.5 makes the whole result of sql() with parameters before its first row.
+        relation = _STREAMS_FROM_SQL or (exact and params is None)
+        # Either a relation or the cursor itself; both tell their columns and give a reader.
+        opened = self._ask(sql, params, relation)
+        if opened is None:
+            return None
+        description = opened.description
+        if "json" in formats and statements.is_one_select:
+            columns = columns_of(description)
+            cast = exact_for_json(sql, columns) if exact or not _fit_arrow(columns) else None
+            if cast is not None:
+                opened = self._ask(cast, params, relation)
+        return Result(
+            opened.to_arrow_reader(_batch_rows(len(description))), description, statements
+        )
+
+    def _ask(self, sql: str, params: Params | None, relation: bool) -> Any:
+        if relation:
+            return self.native.sql(sql) if params is None else self.native.sql(sql, params=params)
+        return self._execute(sql, params)
+
+    def _execute(self, sql: str, params: Params | None) -> Any:
+        return self.native.execute(sql) if params is None else self.native.execute(sql, params)
+
+    def _submit(
+        self,
+        bind: Callable[..., Any],
+        submit: Callable[..., Any],
+        sql: str,
+        params: Params | None,
+        statements: Statements,
+        exact: bool,
+    ) -> Result:
+        """Run one SELECT of 2.x. The size of its batches must be known before its columns are."""
+        width, text = statements.width, sql
+        bound: list[Any] = []
+        if width is None or exact:
+            names, types = bind(self.native, sql, values=params)[:2]
+            width = len(names)
+            if exact:
+                bound = list(zip(names, types, strict=True))
+                text = exact_for_json(sql, columns_of(bound)) or sql
+        opened = submit(self.native, text, params, "stream", _batch_rows(width))
+        description = opened.description
+        if len(description) > 2 * width:
+            # The tables have changed since the last run.
+            opened.close()
+            opened = submit(self.native, text, params, "stream", _batch_rows(len(description)))
+        statements.width = len(description)
+        # The types before the casts tell how their texts are meant.
+        return Result(opened.arrow_reader(), bound or description, statements)
+
+    def _change(self, sql: str, params: Params | None, statements: Statements) -> Result:
+        """Run a text whose last statement changes something.
+
+        Its result is complete before the first row is read. Of all ways to run it, only
+        execute() and fetchall() never report an interrupt for what was committed.
+        """
+        self._execute(sql, params)
+        self.has_written = True
+        description = self.native.description
+        if len(description) == 1 and _is_count(*description[0][:2]):
+            counts = pa.array([row[0] for row in self.native.fetchall()], pa.int64())
+            batch = pa.RecordBatch.from_pydict({"Count": counts})
+            reader = pa.RecordBatchReader.from_batches(batch.schema, [batch])
+        else:
+            reader = self.native.to_arrow_reader(_batch_rows(len(description)))
+        return Result(reader, description, statements)
+
+
+# OSError: what a half-read Arrow reader raises for an error of the query.
+_DATABASE_ERRORS = (duckdb.Error, pa.ArrowException, OSError)
+
+
+def as_server_error(error: BaseException) -> QueryError | Conflict:
+    if isinstance(error, duckdb.TransactionException) and is_conflict(error):
+        return Conflict(str(error))
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return QueryError(f"{error} (--memory-limit and --temp-directory of the server)")
+    return QueryError(str(error))
+
+
+def _fit_arrow(columns: tuple[Column, ...]) -> bool:
+    return _STREAMS_FROM_SQL or not any(has_variant(column.type) for column in columns)
+
+
+def _is_count(name: str, type_: Any) -> bool:
+    """Whether a column is DuckDB's count of changed rows, and none that RETURNING made."""
+    return name == "Count" and str(type_) == "BIGINT"
+
+
+def _batch_rows(width: int) -> int:
+    return max(_MIN_BATCH_ROWS, _BATCH_VALUES // max(1, width))
+
+
+class SharedCursor:
+    """The native cursor of a session: what one job leaves in it, the next one finds."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._native: duckdb.DuckDBPyConnection | None = None
+
+    def for_job(self) -> Cursor:
+        """The cursor for one job, made when the first one needs it. For one worker at a time."""
+        if self._native is None:
+            self._native = self._engine.native_cursor()
+        return Cursor(self._native, self._engine, shared=True)
+
+    def close(self) -> None:
+        """Roll an open transaction back and free what the cursor holds."""
+        if self._native is not None:
+            with contextlib.suppress(duckdb.Error):
+                self._native.close()
+            self._native = None
+
+
+def is_conflict(error: duckdb.TransactionException) -> bool:
+    """Whether a concurrent transaction won, so that a second try may succeed."""
+    text = str(error).lower()
+    # The same key inserted twice is reported at commit in the same words, but is no accident.
+    return "duplicate key" not in text and any(word in text for word in _CONFLICT_WORDS)
