@@ -20,7 +20,8 @@ large   30 million rows, 480 MB: the time until the first byte of the data messa
         was before the question.
 chunked the same 30 million rows in chunks with a window of 16 MiB, beside one message on the same
         server; and how soon the Python client has the first rows, as a part of the time of all.
-streams 50 chunked results at once on one connection, 200,000 rows each, every one decoded.
+streams 50 chunked results at once on one connection, 200,000 rows each, every one decoded;
+        and how long it takes to cancel one of 11 that send 30 million rows each.
 upload  1 GB of integers, doubles and texts in chunks into a table in memory; in-process, DuckDB
         creates the table from the same Arrow stream.
 idle    CPU time of a server with one connected client that says nothing, as % of one core.

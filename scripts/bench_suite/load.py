@@ -205,6 +205,29 @@ def streams_at_once(connection: Connection, queries: Sequence[Query]) -> float:
     return sum(map(len, bodies)) / 1e6 / seconds
 
 
+def cancel_among_streams(connection: Connection, query: Query, others: int) -> float:
+    """How long one of many streams, all at full speed, takes to be cancelled, in seconds.
+
+    Until the acknowledgement and the error are both there. The other streams stay unread.
+    """
+    whole = Whole()
+    for number in range(others + 1):
+        connection.send(_question("arrow", query.sql, str(number), stream=True))
+    flowing: set[str] = set()
+    while len(flowing) <= others:
+        connection.receive(whole)
+        flowing |= {arrow_reply(reply)[0] for reply in whole.take()}
+    connection.send(_message("cancel", queryId="0"))
+    asked = perf_counter()
+    expected = {"cancelAck", "error"}
+    while expected:
+        connection.receive(whole)
+        for binary, message in whole.take():
+            if not binary:
+                expected.discard(json.loads(message)["type"])
+    return perf_counter() - asked
+
+
 def upload(connection: Connection, data: Upload, window: int) -> float:
     """Upload to table `t` within `window` bytes; MB/s."""
     replies = UploadReplies()

@@ -92,7 +92,10 @@ WORKLOADS = (
     ),
     Workload(
         "streams",
-        (Metric("mbps", "50 streams at once", "MB/s", True),),
+        (
+            Metric("mbps", "50 streams at once", "MB/s", True),
+            Metric("cancel", "  cancel among ten", "ms", False, required=100, absolute=True),
+        ),
         in_process=False,
         published=False,
     ),

@@ -15,6 +15,7 @@ from .websocket import Connection
 
 CONNECTIONS, IN_FLIGHT = 8, 4
 STREAMS = 50
+OTHER_STREAMS = 10
 CHUNKED_PAIRS = 3
 
 # Bytes under way: of a chunked result, and of an upload, where the server allows 32 MiB.
@@ -86,7 +87,10 @@ def _streams(server: Server, effort: Effort, _: bool) -> Sample:
     with Connection(server.port) as connection:
         load.one_at_a_time(connection, ONE, effort.warm_up)
         queries = [numbered(number) for number in range(STREAMS)]
-        return {"mbps": load.streams_at_once(connection, queries)}
+        rate = load.streams_at_once(connection, queries)
+    with Connection(server.port) as connection:
+        cancelled = load.cancel_among_streams(connection, LARGE, OTHER_STREAMS)
+    return {"mbps": rate, "cancel": cancelled * 1e3}
 
 
 def _upload(server: Server, effort: Effort, _: bool) -> Sample:
