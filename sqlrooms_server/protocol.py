@@ -112,7 +112,9 @@ def _decode_binary(data: bytes) -> Message:
         raise _bad(fields, 'The header of a binary message needs type "uploadArrow".')
     query_id = _query_id(fields)
     try:
-        return _upload(fields, query_id, memoryview(data)[4 + length :])
+        body = memoryview(data)[4 + length :]
+        # A short body must not keep a long header alive.
+        return _upload(fields, query_id, body if len(body) > length else memoryview(bytes(body)))
     except BadRequest as error:
         raise BadRequest(str(error), query_id) from error
 

@@ -211,14 +211,16 @@ class Server:
         try:
             message = decode(data, is_text=is_text, limits=self._limits)
         except ServerError as error:
-            peer.send_error(error)
+            self._requests.reject(peer, error)
             return
         try:
             self._handle(peer, message)
+        except ServerError as error:
+            peer.send_error(error)
         except Exception as error:  # top guard of a message: its sender waits for an answer
-            query_id = getattr(message, "query_id", None)
             told = as_server_error(error)
-            peer.send_error(type(told)(str(told), told.query_id or query_id))
+            told.query_id = getattr(message, "query_id", None)
+            peer.send_error(told)
 
     def closed(self, connection: Connection) -> None:
         peer: Peer = connection.handler_data

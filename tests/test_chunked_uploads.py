@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -357,3 +358,60 @@ def test_empty_batches_hide_nothing(wire: Wire) -> None:
     for mode in ("replace", "append"):
         assert upload(wire, sink.getvalue(), mode=mode)["rows"] == 2 << 17
     assert wire.rows("select count(*) as n from t") == [{"n": 4 << 17}]
+
+
+def test_a_malformed_chunk_ends_its_upload(wire: Wire) -> None:
+    """One final answer, and the rest is ignored."""
+    body = several_batches(TABLE)
+    send_chunk(wire, body[:20_000], 0, False)
+    send_chunk(wire, b"", 1, False)
+    reply = answer(wire)
+    assert reply["code"] == "bad_request" and "needs a body" in reply["error"]
+    send_chunk(wire, body[20_000:], 1, True)
+    assert wire.rows("select 1 as a") == [{"a": 1}]
+    assert upload(wire, body)["rows"] == 5000
+
+
+def test_an_upload_under_the_id_of_a_query(wire: Wire) -> None:
+    """What follows its first chunk says nothing about the query."""
+    wire.send(type="arrow", sql=ENDLESS, queryId="u")
+    body = several_batches(TABLE)
+    for seq in range(3):
+        send_chunk(wire, body[seq * 1000 : seq * 1000 + 1000], seq, seq == 2)
+    assert answer(wire)["code"] == "conflict"
+    replies = [wire.request(type="cancel", queryId="u"), wire.receive()]
+    assert {reply["type"] for reply in replies} == {"cancelAck", "error"}
+
+
+def test_the_rest_of_an_upload_without_a_beginning(wire: Wire) -> None:
+    send_chunk(wire, b"x", 0, False, tableName="a b")
+    assert wire.receive()["queryId"] == "u"
+    send_chunk(wire, b"x", 1, True)
+    reply = wire.receive()
+    assert reply["code"] == "bad_request" and "queryId" not in reply
+
+
+def test_an_upload_that_drips_holds_no_worker(launch: Callable[..., LocalServer]) -> None:
+    """Its pieces come faster than the worker's patience ends, but no batch does."""
+    server = launch(workers=1)
+    first = ipc(pa.table({"a": [1]}))[:-8]
+    large = pa.record_batch({"a": pa.array(range(1 << 17), pa.int64())}).serialize().to_pybytes()
+    with server.connect() as wire, server.connect() as other:
+        send_chunk(wire, first, 0, False)
+        other.send(type="json", sql="select 1 as a", queryId="j")
+        answered = threading.Event()
+
+        def wait() -> None:
+            assert other.receive()["type"] == "json"
+            answered.set()
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        for seq in range(1, 5000):
+            send_chunk(wire, large[seq : seq + 1], seq, False)
+            if answered.wait(0.002):
+                break
+        waiter.join()
+        wire.send(type="cancel", queryId="u")
+        replies = [answer(wire), answer(wire)]
+        assert {reply["type"] for reply in replies} == {"cancelAck", "error"}

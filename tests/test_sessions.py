@@ -149,7 +149,9 @@ def test_a_disconnect_while_the_session_runs(server: LocalServer) -> None:
         assert count(other) == 1
 
 
-def test_an_idle_session_ends_and_says_so_once(launch: Callable[..., LocalServer]) -> None:
+def test_an_idle_session_ends_and_says_so_until_it_is_closed(
+    launch: Callable[..., LocalServer],
+) -> None:
     server = launch(session_idle_timeout=1)
     with server.connect() as wire, server.connect() as other:
         wire.exec("create table t as select 1 as i")
@@ -157,9 +159,11 @@ def test_an_idle_session_ends_and_says_so_once(launch: Callable[..., LocalServer
         session.run("begin", "insert into t values (2)")
         wait_until(lambda: not server.server._sessions._open)
         assert count(other) == 1
-        text = session.fails("insert into t values (3)", "gone")
-        assert "--session-idle-timeout" in text
+        for _ in range(3):
+            text = session.fails("insert into t values (3)", "gone")
+            assert "--session-idle-timeout" in text
         assert count(other) == 1
+        assert session.close() is False
         session.run("insert into t values (4)")
         assert count(other) == 2
 
@@ -446,3 +450,48 @@ def test_a_thousand_sessions_leave_nothing(server: LocalServer) -> None:
         assert not any(sessions._of_peer.values())
     wait_until(lambda: not sessions._of_peer)
     assert not sessions._gone
+
+
+def test_close_session_while_the_server_stops(launch: Callable[..., LocalServer]) -> None:
+    """It is not told that the session was closed, but it is closed all the same."""
+    server = launch()
+    with server.connect() as wire:
+        wire.send(type="exec", sql=ENDLESS, session="s", queryId="q")
+        wire.send(type="closeSession", session="s")
+        assert wire.request(type="hello")["type"] == "welcome"
+        assert server.server.stop()
+        replies = [wire.receive(), wire.receive()]
+        assert [reply["code"] for reply in replies] == ["shutting_down", "shutting_down"]
+    assert not server.server._sessions._open
+
+
+def test_progress_leaves_the_settings_of_a_session(wire: Wire) -> None:
+    session = Session(wire)
+    setting = "select current_setting('enable_progress_bar') as v"
+    before = session.value(setting)
+    wire.send(type="json", sql="select 1", session=session.name, progress=True, queryId="p")
+    assert wire.receive()["type"] == "json"
+    assert session.value(setting) == before
+
+
+def test_a_typed_parameter_in_a_failed_transaction(wire: Wire) -> None:
+    session = Session(wire)
+    session.run("begin")
+    session.fails("select error('stop')", "query_error")
+    params = [{"$type": "INTEGER", "value": 1}]
+    wire.send(type="json", sql="select $1", params=params, session=session.name, queryId="p")
+    reply = wire.receive()
+    assert reply["code"] == "query_error" and "aborted" in reply["error"]
+
+
+def test_a_change_in_a_transaction_is_not_said_to_stand(wire: Wire) -> None:
+    session = Session(wire)
+    session.run("create table t(i bigint)", "begin")
+    sql = "insert into t from range(3000000) returning i"
+    wire.send(type="arrow", sql=sql, session="s", stream=True, window=1000, queryId="w")
+    assert wire.receive().header["seq"] == 0
+    wire.send(type="cancel", queryId="w")
+    reply = wire.receive()
+    while isinstance(reply, Arrow) or reply["type"] != "error":
+        reply = wire.receive()
+    assert "part of the transaction" in reply["error"]

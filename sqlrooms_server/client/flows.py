@@ -94,6 +94,8 @@ class Session:
         self.name = name
         self.link: Link | None = None
         self.has_ended = False
+        # The server ended it, and refuses the name until it is told that this was noticed.
+        self.is_gone = False
         self.open_result: Stream | None = None
 
     def connected(self) -> Flow[Link]:
@@ -240,8 +242,9 @@ class Requests:
         link = session.link
         if session.open_result is not None:
             session.open_result.abandon()
-        has_ended, session.has_ended = session.has_ended, True
-        if link is None or link.lost is not None or has_ended:
+        is_over = session.has_ended and not session.is_gone
+        session.has_ended, session.is_gone = True, False
+        if link is None or link.lost is not None or is_over:
             return False
         exchange = link.open(("session", session.name))
         try:
@@ -301,7 +304,7 @@ class Attempts:
             return (yield from answer(exchange, deadline, request.reporter))
         except SessionEnded:
             if request.session is not None:
-                request.session.has_ended = True
+                request.session.has_ended = request.session.is_gone = True
             raise
 
     def _attempt(self) -> Flow[tuple[Exchange, Reply]]:

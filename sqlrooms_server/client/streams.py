@@ -17,6 +17,9 @@ UPLOAD_CHUNK = 1 << 20
 # One IPC message is held whole by the server, and by this client, before it is used.
 _LARGEST_MESSAGE = 8 << 20
 
+# What a damaged stream makes the readers raise.
+_BROKEN = (pa.ArrowException, OSError, ValueError, struct.error, IndexError)
+
 # The kinds of messages of a stream, in Arrow's Message.fbs.
 _SCHEMA, _DICTIONARY, _RECORD_BATCH = 1, 2, 3
 
@@ -38,19 +41,38 @@ class BatchDecoder:
         self._reader: Any = None
 
     def feed(self, chunk: memoryview) -> None:
-        """Take the next chunk."""
+        """Take the next chunk. Raises ``ConnectionLost`` for what is no Arrow stream."""
         if chunk:
             self._parts.append(chunk)
             self._size += len(chunk)
         if self._reader is None:
-            message = self._message()
-            if message is not None:
-                self._source.add(message[1])
-                self._reader = pa.ipc.open_stream(pa.PythonFile(self._source, mode="r"))
-                self.schema = self._reader.schema
+            try:
+                self._open()
+            except ConnectionLost:
+                raise
+            except _BROKEN as error:
+                raise ConnectionLost(f"The server sent what is no Arrow stream: {error}") from error
+
+    def _open(self) -> None:
+        message = self._message()
+        if message is not None:
+            self._source.add(message[1])
+            self._reader = pa.ipc.open_stream(pa.PythonFile(self._source, mode="r"))
+            self.schema = self._reader.schema
 
     def next_batch(self) -> pa.RecordBatch | None:
-        """The next batch, or None when it has not come or the stream has ended."""
+        """The next batch, or None when it has not come or the stream has ended.
+
+        Raises ``ConnectionLost`` for what is no Arrow stream.
+        """
+        try:
+            return self._next_batch()
+        except ConnectionLost:
+            raise
+        except _BROKEN as error:
+            raise ConnectionLost(f"The server sent what is no Arrow stream: {error}") from error
+
+    def _next_batch(self) -> pa.RecordBatch | None:
         while self._reader is not None:
             message = self._message()
             if message is None:

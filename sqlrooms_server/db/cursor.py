@@ -35,6 +35,12 @@ _BATCH_VALUES = 1 << 16
 # DuckDB's vector size; a smaller batch saves nothing.
 _MIN_BATCH_ROWS = 2048
 
+CHANGES_STAND = " The statement itself had finished; its changes stand."
+_IN_SESSION = (
+    " The statement itself had finished; its changes stand, or are part of the transaction that "
+    "the session is in."
+)
+
 _CONFLICT_WORDS = ("conflict", "another transaction", "different transaction")
 
 
@@ -121,8 +127,9 @@ class Cursor:
     ) -> None:
         self.native = native
         self._shared = shared
-        # Whether a statement that changes something has finished.
-        self.has_written = False
+        # What has happened by now that an error of the query does not undo: a sentence, or none.
+        self.aftermath = ""
+        self._shows_progress = False
         self._engine = engine
         self._interrupted = False
         self._result: Result | None = None
@@ -148,6 +155,7 @@ class Cursor:
 
     def show_progress(self) -> None:
         """Let DuckDB estimate how far the next statements are."""
+        self._shows_progress = True
         # A transaction that failed takes no SET, but must take the ROLLBACK that follows.
         with contextlib.suppress(duckdb.Error):
             self.native.execute(
@@ -170,6 +178,9 @@ class Cursor:
             self._result.reader.close()
         if not self._shared:
             self.native.close()
+        elif self._shows_progress:
+            with contextlib.suppress(duckdb.Error):
+                self.native.execute("RESET enable_progress_bar; RESET enable_progress_bar_print")
 
     def check(self) -> None:
         """Raise ``Cancelled`` when the cursor was interrupted."""
@@ -193,7 +204,9 @@ class Cursor:
         if statements.kinds == ():
             return None
         if params is not None:
-            params = bindable(self.native, params, statements)
+            params = self._bindable(params, statements)
+        if statements.kinds is None or len(statements.kinds) > 1:
+            self.aftermath = " Statements before the last may have been carried out."
         try:
             if statements.may_retry and not self._shared:
                 retrying = self._engine.retrying
@@ -235,6 +248,13 @@ class Cursor:
         return Result(
             opened.to_arrow_reader(_batch_rows(len(description))), description, statements
         )
+
+    def _bindable(self, params: Params, statements: Statements) -> Params:
+        if not self._shared:
+            return bindable(self.native, params, statements)
+        # The cursor of a session may be in a transaction that failed, and take no questions.
+        with self._engine.cursor() as other:
+            return bindable(other.native, params, statements)
 
     def _ask(self, sql: str, params: Params | None, relation: bool) -> Any:
         if relation:
@@ -279,7 +299,7 @@ class Cursor:
         execute() and fetchall() never report an interrupt for what was committed.
         """
         self._execute(sql, params)
-        self.has_written = True
+        self.aftermath = _IN_SESSION if self._shared else CHANGES_STAND
         description = self.native.description
         if len(description) == 1 and _is_count(*description[0][:2]):
             counts = pa.array([row[0] for row in self.native.fetchall()], pa.int64())

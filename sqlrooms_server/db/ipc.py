@@ -26,6 +26,9 @@ _MAX_METADATA = 64 << 20
 _ALIGNMENT = 8
 _COPIED_BYTES = 4096
 
+# Smaller pieces are joined: each costs a hundred bytes besides its own.
+_JOINED_BYTES = 16 << 10
+
 # Types of messages in the metadata.
 _SCHEMA, _DICTIONARY, _RECORD_BATCH = 1, 2, 3
 
@@ -54,8 +57,10 @@ class PushedStream:
 
     def feed(self, data: memoryview) -> list[pa.RecordBatch]:
         """The batches that ``data`` completes."""
-        self._pieces.append(data)
         self._available += len(data)
+        if self._pieces and len(self._pieces[-1]) + len(data) < _JOINED_BYTES:
+            data = memoryview(self._pieces.pop().tobytes() + data.tobytes())
+        self._pieces.append(data)
         batches = []
         while self._message_is_complete():
             assert self._size is not None

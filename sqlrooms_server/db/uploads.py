@@ -9,7 +9,7 @@ from typing import Any, Literal
 import duckdb
 import pyarrow as pa
 
-from sqlrooms_server.db.cursor import Cursor
+from sqlrooms_server.db.cursor import CHANGES_STAND, Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.ipc import STREAM_ERRORS, broken, numbered
 from sqlrooms_server.db.statements import quote_identifier
@@ -43,7 +43,7 @@ def write_table(
         cursor.native.register(_SOURCE, source.reader())
         try:
             cursor.native.execute(statement)
-            cursor.has_written = True
+            cursor.aftermath = CHANGES_STAND
         except (duckdb.Error, pa.ArrowException) as error:
             if source.failure is not None:
                 raise broken(source.failure) from error
@@ -105,7 +105,7 @@ class TableWriter:
             native.execute(f"ALTER TABLE {_qualified(self._written)} RENAME TO {name}")
         self._cursor.check()
         native.execute("COMMIT")
-        self._cursor.has_written = True
+        self._cursor.aftermath = CHANGES_STAND
 
     @property
     def _insertion(self) -> str:

@@ -38,7 +38,7 @@ FEATURES = (
     "chunkedUploads",
 )
 
-# A database that has not answered SELECT 1 by then is not ready, whatever holds it up.
+# A database that has not answered a query by then is not ready, whatever holds it up.
 PROBE_SECONDS = 2.0
 _NO_ANSWER = f"DuckDB did not answer within {PROBE_SECONDS:g} s".encode()
 

@@ -104,7 +104,7 @@ class Queries:
                 return
             if query.kind == "exec":
                 for _ in result.reader:
-                    pass
+                    yield Pause.TURN
                 request.reply(encode_ok(query.query_id))
                 return
             limit = self._limit(result, query)

@@ -13,9 +13,9 @@ from sqlrooms_server.errors import (
     Cancelled,
     Conflict,
     InternalError,
+    QueryError,
     QueryId,
     ServerError,
-    ShuttingDown,
     Timeout,
 )
 from sqlrooms_server.features import MessageHandler, Route
@@ -61,6 +61,8 @@ class Request:
     """
 
     is_chunked = False
+    # Whether more messages of the client belong to it.
+    goes_on = False
 
     def __init__(
         self,
@@ -103,10 +105,6 @@ class Request:
         self._reply = message
         self.is_text = True
 
-    @property
-    def _has_written(self) -> bool:
-        return self.cursor is not None and self.cursor.has_written
-
     def interrupt(self) -> None:
         """Cut short what the worker does. From any thread."""
         if self.cursor is not None:
@@ -142,8 +140,8 @@ class Request:
     def refuse(self, error: ServerError) -> None:
         """Answer with ``error`` alone."""
         text = str(error)
-        if self._has_written and isinstance(error, Cancelled | ShuttingDown | Timeout):
-            text += " The statement itself had finished; its changes stand."
+        if self.cursor is not None and not isinstance(error, QueryError):
+            text += self.cursor.aftermath
         self.peer.send_error(type(error)(text, self.query_id))
         self._answered()
 
@@ -306,6 +304,14 @@ class Requests:
         if client is not None and client.requests.get(request.query_id) is request:
             del client.requests[request.query_id]
             client.held -= request.size
+
+    def reject(self, peer: Peer, error: ServerError) -> None:
+        """Answer a message that could not be read. A request that it is a part of has failed."""
+        request = None if error.query_id is None else self.find(peer, error.query_id)
+        if request is not None and request.goes_on:
+            request.stop(error)
+        else:
+            peer.send_error(error)
 
     def closed(self, peer: Peer) -> None:
         """Stop what a client left behind."""

@@ -9,6 +9,7 @@ from sqlrooms_server.db.cursor import Cursor, SharedCursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.errors import Busy, Gone, ServerError
 from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.features.requests import as_server_error
 from sqlrooms_server.jobs import Lane, Scheduler, Work
 from sqlrooms_server.messages import CloseSession
 from sqlrooms_server.peer import Peer
@@ -17,7 +18,7 @@ from sqlrooms_server.timers import Timer, Timers
 
 log = logging.getLogger(__name__)
 
-# Names of sessions that ended by themselves, remembered for each connection.
+# Sessions of one connection that ended by themselves and were not closed since.
 _MAX_GONE = 256
 
 
@@ -99,7 +100,7 @@ class Sessions:
     def closed(self, peer: Peer) -> None:
         self._gone.pop(peer, None)
         for session in self._of_peer.pop(peer, {}).values():
-            self._end(session, lambda: None)
+            self._end(session)
 
     def close_all(self) -> None:
         """After the last job: free what is left."""
@@ -110,11 +111,12 @@ class Sessions:
     def _begin(self, peer: Peer, name: str, sessions: dict[str, Session]) -> Session:
         gone = self._gone.get(peer, set())
         if name in gone:
-            gone.discard(name)
             raise Gone(
                 f"Session {name!r} ended after {self._idle_timeout:g} s without use "
-                "(--session-idle-timeout) and was rolled back. Its next query begins a new one."
+                "(--session-idle-timeout) and was rolled back; closeSession frees its name."
             )
+        if len(gone) >= _MAX_GONE:
+            raise Busy(f"{len(gone)} sessions of this connection ended; use closeSession for them.")
         if len(sessions) >= self._max_per_connection:
             raise Busy(
                 f"This connection has {len(sessions)} sessions, which is the limit "
@@ -134,8 +136,15 @@ class Sessions:
         if session is None:
             self._gone.get(peer, set()).discard(message.session)
             peer.send(encode({**answer, "closed": False}))
-        else:
-            self._end(session, lambda: peer.send(encode({**answer, "closed": True})))
+            return
+
+        def told(error: ServerError | None) -> None:
+            if error is None:
+                peer.send(encode({**answer, "closed": True}))
+            else:
+                peer.send_error(error)
+
+        self._end(session, told)
 
     def _expire(self, peer: Peer, name: str, session: Session) -> None:
         sessions = self._of_peer.get(peer, {})
@@ -143,13 +152,16 @@ class Sessions:
             return
         log.info("Session of %s ended after %g s without use.", peer.id, self._idle_timeout)
         del sessions[name]
-        gone = self._gone.setdefault(peer, set())
-        if len(gone) < _MAX_GONE:
-            gone.add(name)
-        self._end(session, lambda: None)
+        self._gone.setdefault(peer, set()).add(name)
+        self._end(session)
 
-    def _end(self, session: Session, then: Callable[[], None]) -> None:
-        """Close ``session`` after its last query, and call ``then`` on the loop thread."""
+    def _end(
+        self, session: Session, told: Callable[[ServerError | None], None] = lambda error: None
+    ) -> None:
+        """Close ``session`` after its last query, then call ``told`` on the loop thread.
+
+        When the server stops first, :meth:`close_all` closes it, and ``told`` gets the error.
+        """
         if session.idle is not None:
             session.idle.cancel()
 
@@ -159,16 +171,19 @@ class Sessions:
             yield  # a job is a generator, also one that never pauses
 
         def done(error: BaseException | None) -> None:
-            if error is not None and not isinstance(error, ServerError):
-                log.error("A session was not closed cleanly.", exc_info=error)
-            self._post(self._ended, session, then)
+            self._post(self._ended, session, told, error)
 
         try:
             self._scheduler.submit(session.lane, work(), lambda: None, done, even_if_full=True)
-        except ServerError:
-            # The server is stopping; close_all() comes.
-            pass
+        except ServerError as error:
+            told(error)
 
-    def _ended(self, session: Session, then: Callable[[], None]) -> None:
-        self._open.discard(session)
-        then()
+    def _ended(
+        self,
+        session: Session,
+        told: Callable[[ServerError | None], None],
+        error: BaseException | None,
+    ) -> None:
+        if error is None:
+            self._open.discard(session)
+        told(None if error is None else as_server_error(error))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.ipc import PushedStream
 from sqlrooms_server.db.uploads import TableWriter, write_table
@@ -32,6 +34,9 @@ from sqlrooms_server.timers import Timer
 # small inserts; then it lets the client keep others waiting no longer.
 _PATIENCE_SECONDS = 0.02
 
+# One statement inserts this long; then others have their turn.
+_TURN_SECONDS = 0.5
+
 # Chunked uploads of one connection at one time; each may hold its window and a message.
 MAX_UPLOADS = 8
 
@@ -46,7 +51,6 @@ class ChunkedUpload(Request):
         self, requests: Requests, peer: Peer, first: UploadChunk, *, idle_timeout: float
     ) -> None:
         super().__init__(requests, peer, first.query_id)
-        # Whether the client has more chunks to send, taken or not.
         self.goes_on = not first.last
         self._has_last = False
         self._next_seq = 0
@@ -187,11 +191,14 @@ class Uploads:
             if chunk.last:
                 del self._ended[peer][chunk.query_id]
         else:
-            raise BadRequest("No such upload is under way; it begins with seq 0.", chunk.query_id)
+            # Without the id, which may be that of another request.
+            raise BadRequest(f"No upload {chunk.query_id!r} is under way; it begins with seq 0.")
 
     def _begin(self, peer: Peer, chunk: UploadChunk, table: TableName) -> None:
         query_id = chunk.query_id
         if self._requests.find(peer, query_id) is not None:
+            if not chunk.last:
+                self._remember_ended(peer, query_id)
             raise Conflict(f"queryId {query_id!r} is in use by a query in flight.", query_id)
         self._ended.get(peer, {}).pop(query_id, None)
         self._under_way[peer] += 1
@@ -215,15 +222,19 @@ class Uploads:
         if not self._under_way[upload.peer]:
             del self._under_way[upload.peer]
         if upload.goes_on and upload.peer in self._lanes:
-            ended = self._ended.setdefault(upload.peer, {})
-            ended[upload.query_id] = None
-            if len(ended) > _MAX_ENDED:
-                del ended[next(iter(ended))]
+            self._remember_ended(upload.peer, upload.query_id)
+
+    def _remember_ended(self, peer: Peer, query_id: QueryId) -> None:
+        ended = self._ended.setdefault(peer, {})
+        ended[query_id] = None
+        if len(ended) > _MAX_ENDED:
+            del ended[next(iter(ended))]
 
     def _write_chunks(self, upload: ChunkedUpload, table: TableName, mode: UploadMode) -> Work:
-        arriving = _Arriving(upload, PushedStream(self._settings.max_message_size))
         with self._engine.cursor() as cursor:
             upload.cursor = cursor
+            stream = PushedStream(self._settings.max_message_size)
+            arriving = _Arriving(cursor, upload, stream)
             writer = TableWriter(cursor, table, mode)
             while True:
                 batch = arriving.next(0.0)
@@ -231,6 +242,7 @@ class Uploads:
                     writer.begin(arriving.schema)
                 if batch is not None:
                     writer.insert(arriving.from_here(batch))
+                    yield Pause.TURN
                 elif arriving.ended:
                     break
                 else:
@@ -245,8 +257,9 @@ class _Arriving:
     ``ended`` is set when the client has nothing more to send.
     """
 
-    def __init__(self, upload: ChunkedUpload, stream: PushedStream) -> None:
+    def __init__(self, cursor: Cursor, upload: ChunkedUpload, stream: PushedStream) -> None:
         self.ended = False
+        self._cursor = cursor
         self._upload = upload
         self._stream = stream
         self._ready: deque[Any] = deque()
@@ -258,8 +271,11 @@ class _Arriving:
 
     def next(self, patience: float) -> Any:
         """The next batch that has rows; None when none came in ``patience`` seconds, or ended."""
+        until = time.monotonic() + patience
         while not self._ready and not self.ended:
-            chunks, self.ended = self._upload.take(patience)
+            # DuckDB cannot be interrupted while it waits for this.
+            self._cursor.check()
+            chunks, self.ended = self._upload.take(max(0.0, until - time.monotonic()))
             if not chunks and not self.ended:
                 return None
             for chunk in chunks:
@@ -269,7 +285,8 @@ class _Arriving:
         return self._ready.popleft() if self._ready else None
 
     def from_here(self, batch: Any) -> Iterator[Any]:
-        """``batch`` and those after it, until the client makes a pause."""
+        """``batch`` and those after it, until the client makes a pause or the turn is over."""
+        until = time.monotonic() + _TURN_SECONDS
         while batch is not None:
             yield batch
-            batch = self.next(_PATIENCE_SECONDS)
+            batch = self.next(_PATIENCE_SECONDS) if time.monotonic() < until else None

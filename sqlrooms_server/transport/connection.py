@@ -20,8 +20,8 @@ Chunk = bytes | memoryview
 # and would enlarge the buffers of each connection.
 FRAGMENT_BYTES = 576 << 10
 
-# No fragment is written above this, so that the buffer of uWebSockets, which does not shrink
-# before it closes, holds at most this and one fragment.
+# Nothing is written above this, so that the buffer of uWebSockets, which does not shrink before it
+# closes, holds at most this and one fragment, or one frame of a chunked result (1.6 MiB).
 NATIVE_HIGH_BYTES = 1 << 20
 
 # A fast reader never fills the socket; without a budget it would starve the other connections.
