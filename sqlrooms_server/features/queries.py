@@ -104,7 +104,9 @@ class Queries:
                 return
             if query.kind == "exec":
                 for _ in result.reader:
-                    yield Pause.TURN
+                    # A change is made by now; a cancel must not hide that.
+                    if not result.statements.end_in_change:
+                        yield Pause.TURN
                 request.reply(encode_ok(query.query_id))
                 return
             limit = self._limit(result, query)
