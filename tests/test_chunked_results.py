@@ -206,16 +206,16 @@ def test_two_streams_interleave(wire: Wire) -> None:
 def test_a_cancel_is_answered_while_ten_streams_run(wire: Wire) -> None:
     streams = Streams(wire)
     for number in range(10):
-        streams.ask(MILLION if number else ENDLESS_ROWS, number)
+        streams.ask(ENDLESS_ROWS, number)
     while any(not asked.sizes for asked in streams.of.values()):
         streams.receive()
     wire.send(type="cancel", queryId=0)
     assert streams.until("cancelAck") == {"type": "cancelAck", "queryId": 0, "cancelled": True}
-    assert not all(asked.ended for asked in streams.of.values())
+    assert [number for number, asked in streams.of.items() if asked.ended] in ([], [0])
+    for number in range(1, 10):
+        wire.send(type="cancel", queryId=number)
     streams.finish()
-    assert streams.of.pop(0).code == "cancelled"
-    expected = streams.of[1].body
-    assert all(asked.body == expected for asked in streams.of.values())
+    assert {asked.code for asked in streams.of.values()} == {"cancelled"}
 
 
 def test_fifty_streams_at_once(wire: Wire) -> None:
