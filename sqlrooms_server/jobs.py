@@ -113,6 +113,11 @@ class Job:
         """There is room again for what the work produces. From any thread."""
         self._scheduler._resume(self)
 
+    @property
+    def others_wait(self) -> bool:
+        """Whether another job could run if this one paused."""
+        return self._scheduler._has_work()
+
     def position(self) -> int:
         """About how many jobs come before this one while it is queued."""
         return self._scheduler._position(self)

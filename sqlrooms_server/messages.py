@@ -31,18 +31,13 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
-class Query:
-    """``{type: "arrow" | "json" | "exec", sql, queryId?}`` and options.
+class Options:
+    """What a client may ask of a query besides its result.
 
-    ``formats`` are those the reply may have, the best first; none for ``exec``. ``timeout`` is
-    in seconds, ``window`` in bytes, None without a limit. ``size`` is that of the message in
-    bytes if it has ``params``.
+    ``timeout`` is in seconds, ``window`` in bytes; None is without a limit. ``size`` is that of
+    the message in bytes, when ``params`` make it more than its SQL.
     """
 
-    kind: QueryKind
-    sql: str
-    query_id: QueryId
-    formats: tuple[Format, ...] = ()
     params: Params | None = None
     timeout: float | None = None
     max_rows: int | None = None
@@ -52,6 +47,23 @@ class Query:
     window: int | None = None
     session: str | None = None
     size: int = 0
+
+
+NO_OPTIONS = Options()
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """``{type: "arrow" | "json" | "exec", sql, queryId?}`` and options.
+
+    ``formats`` are those the reply may have, the best first; none for ``exec``.
+    """
+
+    kind: QueryKind
+    sql: str
+    query_id: QueryId
+    formats: tuple[Format, ...]
+    options: Options = NO_OPTIONS
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from sqlrooms_server.messages import (
     Format,
     Hello,
     Message,
+    Options,
     Query,
     QueryKind,
     TableName,
@@ -89,8 +90,9 @@ def _decode_text(data: bytes, limits: Limits) -> Message:
         known = ", ".join(sorted(_TEXT_DECODERS))
         raise _bad(fields, f"Unknown message type {_shown(kind)}; known are {known}.")
     message = decoder(fields, limits)
-    if isinstance(message, Query) and message.params is not None:
-        return dataclasses.replace(message, size=len(data))
+    if isinstance(message, Query) and message.options.params is not None:
+        options = dataclasses.replace(message.options, size=len(data))
+        return dataclasses.replace(message, options=options)
     return message
 
 
@@ -199,9 +201,7 @@ def _with_options(query: Query, fields: dict[str, Any]) -> Query:
     window = _whole_number(fields, "window", 1, 1 << 53)
     if window is not None and not stream:
         raise BadRequest("window is for chunked results; add stream: true.")
-    return dataclasses.replace(
-        query,
-        formats=formats,
+    options = Options(
         params=params,
         timeout=None if timeout is None else timeout / 1000,
         max_rows=_whole_number(fields, "maxRows", 0, 1 << 53),
@@ -211,6 +211,7 @@ def _with_options(query: Query, fields: dict[str, Any]) -> Query:
         window=window,
         session=_session_name(fields) if "session" in given else None,
     )
+    return dataclasses.replace(query, formats=formats, options=options)
 
 
 def _formats(value: object) -> tuple[Format, ...]:

@@ -52,31 +52,31 @@ class Queries:
 
     def _submit(self, peer: Peer, query: Query) -> None:
         request = self._request(peer, query)
-        if query.session is None:
+        if query.options.session is None:
             submitted = self._requests.submit(
                 request, self._work(request, query, self._engine.cursor)
             )
         else:
-            submitted = self._submit_in_session(request, query, query.session)
+            submitted = self._submit_in_session(request, query, query.options.session)
         if not submitted:
             return
         limit = self._settings.query_timeout
-        if query.timeout is not None and not 0 < limit < query.timeout:
-            request.limit(query.timeout, "timeoutMs")
+        if query.options.timeout is not None and not 0 < limit < query.options.timeout:
+            request.limit(query.options.timeout, "timeoutMs")
         elif limit:
             request.limit(limit, "--query-timeout")
-        if query.progress:
+        if query.options.progress:
             request.tell_progress()
 
     def _request(self, peer: Peer, query: Query) -> Request:
-        size = query.size or len(query.sql)
-        if query.stream:
+        size = query.options.size or len(query.sql)
+        if query.options.stream:
             return ChunkedRequest(
                 self._requests,
                 peer,
                 query.query_id,
                 size=size,
-                window=query.window,
+                window=query.options.window,
                 idle_timeout=self._settings.stream_idle_timeout,
             )
         broken_end = BROKEN_ARROW if "arrow" in query.formats else b""
@@ -96,9 +96,9 @@ class Queries:
     def _work(self, request: Request, query: Query, open_cursor: Callable[[], Cursor]) -> Work:
         with open_cursor() as cursor:
             request.cursor = cursor
-            if query.progress:
+            if query.options.progress:
                 cursor.show_progress()
-            result = cursor.run(query.sql, query.params, query.formats)
+            result = cursor.run(query.sql, query.options.params, query.formats)
             if result is None:
                 request.reply(encode_ok(query.query_id))
                 return
@@ -127,9 +127,9 @@ class Queries:
     def _limit(self, result: Result, query: Query) -> str:
         """Bound the rows of ``result``; the name of the limit that would truncate it."""
         cap = self._settings.max_result_rows
-        if query.max_rows is not None:
-            is_capped = 0 < cap < query.max_rows
-            result.count_rows(cap if is_capped else query.max_rows)
+        if query.options.max_rows is not None:
+            is_capped = 0 < cap < query.options.max_rows
+            result.count_rows(cap if is_capped else query.options.max_rows)
             return "--max-result-rows" if is_capped else "maxRows"
         if cap:
             result.count_rows(
@@ -139,7 +139,7 @@ class Queries:
                     "maxRows to get the first ones."
                 ),
             )
-        elif query.stream:
+        elif query.options.stream:
             result.count_rows()
         return ""
 
@@ -162,13 +162,13 @@ class Queries:
             )
         request.is_text = False
         if isinstance(request, ChunkedRequest):
-            return arrow_chunks(result, first, b"", query.compression)
-        if query.max_rows is None:
-            return arrow_chunks(result, first, arrow_prefix(query_id), query.compression)
+            return arrow_chunks(result, first, b"", query.options.compression)
+        if query.options.max_rows is None:
+            return arrow_chunks(result, first, arrow_prefix(query_id), query.options.compression)
         # Whether it was truncated stands before the rows and is known after them.
         with ExitStack() as stack:
             spool = stack.enter_context(tempfile.SpooledTemporaryFile(_SPOOL_BYTES))
-            for chunk in arrow_chunks(result, first, b"", query.compression):
+            for chunk in arrow_chunks(result, first, b"", query.options.compression):
                 spool.write(chunk)
                 if spool.tell() > _MAX_SPOOL_BYTES:
                     raise TooLarge(

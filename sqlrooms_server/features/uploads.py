@@ -34,7 +34,7 @@ from sqlrooms_server.timers import Timer
 # small inserts; then it lets the client keep others waiting no longer.
 _PATIENCE_SECONDS = 0.02
 
-# One statement inserts this long; then others have their turn.
+# After this time a statement that inserts ends when others wait.
 _TURN_SECONDS = 0.5
 
 # Chunked uploads of one connection at one time; each may hold its window and a message.
@@ -94,6 +94,11 @@ class ChunkedUpload(Request):
         if chunks:
             self._requests.post(self._tell_consumed, consumed)
         return chunks, last
+
+    @property
+    def others_wait(self) -> bool:
+        """Whether another job could run if this one paused."""
+        return self.job is not None and self.job.others_wait
 
     def _refusal(self, chunk: UploadChunk) -> ServerError | None:
         if self._has_last:
@@ -285,8 +290,10 @@ class _Arriving:
         return self._ready.popleft() if self._ready else None
 
     def from_here(self, batch: Any) -> Iterator[Any]:
-        """``batch`` and those after it, until the client makes a pause or the turn is over."""
-        until = time.monotonic() + _TURN_SECONDS
+        """``batch`` and those after it, until the client makes a pause or it is others' turn."""
+        turn_ends = time.monotonic() + _TURN_SECONDS
         while batch is not None:
             yield batch
-            batch = self.next(_PATIENCE_SECONDS) if time.monotonic() < until else None
+            if time.monotonic() > turn_ends and self._upload.others_wait:
+                return
+            batch = self.next(_PATIENCE_SECONDS)

@@ -27,6 +27,9 @@ NATIVE_HIGH_BYTES = 1 << 20
 # A fast reader never fills the socket; without a budget it would starve the other connections.
 TURN_BYTES = 1 << 20
 
+# The longest head of a frame that a server sends.
+_FRAME_HEAD_BYTES = 10
+
 # What a queued reply costs besides its bytes.
 _ENTRY_BYTES = 200
 
@@ -93,6 +96,7 @@ class Connection:
 
     __slots__ = (
         "_begun",
+        "_buffered_at_most",
         "_close_when_sent",
         "_frame_sources",
         "_frames_are_next",
@@ -121,6 +125,8 @@ class Connection:
         self._post = post
         self._max_queued = max_queued
         self._ws: Any = None
+        # What uWebSockets holds, or less: asking it costs as much as a small part of a query.
+        self._buffered_at_most = 0
         self._messages: deque[_Entry] = deque()
         self._queued = 0
         self._streams: deque[_Entry] = deque()
@@ -153,7 +159,7 @@ class Connection:
             self._under_way is None
             and not self._messages
             and len(data) <= FRAGMENT_BYTES
-            and native.ws_buffered(native.PLAIN, self._ws) < NATIVE_HIGH_BYTES
+            and self._has_room()
         ):
             self._write(data, opcode, last=True)
             return
@@ -198,7 +204,7 @@ class Connection:
             if budget <= 0:
                 self._pump_later()
                 return
-            if native.ws_buffered(native.PLAIN, self._ws) >= NATIVE_HIGH_BYTES:
+            if not self._has_room():
                 return
             if self._under_way is None:
                 self._take_up()
@@ -207,6 +213,12 @@ class Connection:
                 break
             budget -= size
         self._close_if_sent()
+
+    def _has_room(self) -> bool:
+        """Whether more may be written now."""
+        if self._buffered_at_most >= NATIVE_HIGH_BYTES:
+            self._buffered_at_most = native.ws_buffered(native.PLAIN, self._ws)
+        return self._buffered_at_most < NATIVE_HIGH_BYTES
 
     def _take_up(self) -> None:
         """Choose the message to send next; none when it is the turn of a frame."""
@@ -297,6 +309,7 @@ class Connection:
 
     def _write(self, data: Chunk, opcode: int, *, last: bool) -> None:
         length = len(data)
+        self._buffered_at_most += length + _FRAME_HEAD_BYTES
         if type(data) is not bytes:
             data = native.ffi.from_buffer("char[]", data)
         # "compress" on a route without compression takes the path that copies. The other one
