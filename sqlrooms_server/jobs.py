@@ -219,14 +219,19 @@ class Scheduler:
         while True:
             pause = -1.0
             with self._lock:
+                self._began.pop(wake, None)
                 if not self._has_work():
                     if self._ended:
                         return
                     job = None
                     self._fall_asleep(wake)
-                elif self._standby is wake and self._is_crowded():
+                elif self._is_crowded():
                     job = None
-                    pause = _SHORT
+                    if self._standby in (None, wake):
+                        self._standby = wake
+                        pause = _SHORT
+                    else:
+                        self._fall_asleep(wake)
                 else:
                     self._began[wake] = time.monotonic()
                     job = self._take()
@@ -248,7 +253,6 @@ class Scheduler:
         return sum(began > recent for began in self._began.values()) >= self._cores
 
     def _fall_asleep(self, wake: threading.Lock) -> None:
-        self._began.pop(wake, None)
         if self._standby is wake:
             self._standby = None
         self._asleep.append(wake)
