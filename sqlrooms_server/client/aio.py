@@ -18,8 +18,8 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 from sqlrooms_server.client import flows
 from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
 from sqlrooms_server.client.link import Link
-from sqlrooms_server.client.messages import Id, Summary
 from sqlrooms_server.client.opening import CLOSE_TIMEOUT_S, headers, refused, to_pandas
+from sqlrooms_server.client.results import ResultState
 from sqlrooms_server.client.streams import as_reader
 from sqlrooms_server.client.sync import ProgressOption
 from sqlrooms_server.client.values import Parameters
@@ -229,33 +229,12 @@ class AsyncClient:
             return self._wire.link
 
 
-class AsyncResult:
+class AsyncResult(ResultState):
     """The result of a query, whose batches arrive while it is read: ``Result`` for asyncio."""
 
     def __init__(self, client: AsyncClient, stream: flows.Stream) -> None:
+        super().__init__(stream)
         self._client = client
-        self._stream = stream
-        self._table: pa.Table | None = None
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The columns; none when the statement has no result."""
-        return self._stream.schema
-
-    @property
-    def query_id(self) -> Id:
-        """The name of the query on its connection."""
-        return self._stream.request.query_id
-
-    @property
-    def summary(self) -> Summary | None:
-        """Rows, bytes and times. None before the last batch was read, and without a result."""
-        return self._stream.summary
-
-    @property
-    def truncated(self) -> bool:
-        """True when there were more rows than a limit lets through. Known after the last batch."""
-        return self.summary is not None and self.summary.truncated
 
     async def to_arrow(self) -> pa.Table:
         """The whole result. Raises ``RuntimeError`` when batches of it were taken already."""
@@ -297,9 +276,6 @@ class AsyncResult:
         trace: TracebackType | None,
     ) -> None:
         await self.close()
-
-    def __del__(self) -> None:
-        self._stream.abandon()
 
 
 class AsyncSession:

@@ -11,9 +11,10 @@ import duckdb
 import pyarrow as pa
 
 from sqlrooms_server.db.columns import Column, columns_of, exact_for_json, has_variant
-from sqlrooms_server.db.parameters import Params, bindable, check_binds
+from sqlrooms_server.db.parameters import bindable, check_binds
 from sqlrooms_server.db.statements import Statements
 from sqlrooms_server.errors import Cancelled, Conflict, QueryError, ServerError
+from sqlrooms_server.messages import Params
 
 if TYPE_CHECKING:
     from sqlrooms_server.db.engine import Engine
@@ -142,7 +143,7 @@ class Cursor:
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         try:
             if isinstance(error, _DATABASE_ERRORS):
-                raise as_server_error(error) from error
+                raise query_failure(error) from error
         finally:
             self.close()
 
@@ -314,7 +315,8 @@ class Cursor:
 _DATABASE_ERRORS = (duckdb.Error, pa.ArrowException, OSError)
 
 
-def as_server_error(error: BaseException) -> QueryError | Conflict:
+def query_failure(error: BaseException) -> QueryError | Conflict:
+    """What a client is told about ``error`` of DuckDB or Arrow."""
     if isinstance(error, duckdb.TransactionException) and is_conflict(error):
         return Conflict(str(error))
     if isinstance(error, duckdb.OutOfMemoryException):

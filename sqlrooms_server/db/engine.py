@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import duckdb
 
 from sqlrooms_server.db import files
-from sqlrooms_server.db.cursor import Cursor, as_server_error, is_conflict
+from sqlrooms_server.db.cursor import Cursor, is_conflict, query_failure
 from sqlrooms_server.db.statements import Classifier, quote_identifier, quote_literal
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Engine:
         try:
             return self._connection.cursor()
         except duckdb.Error as error:
-            raise as_server_error(error) from error
+            raise query_failure(error) from error
 
     def retrying(self, cursor: Cursor, attempt: Callable[..., _T], *arguments: Any) -> _T:
         """What ``attempt`` returns, tried again when a concurrent write won.

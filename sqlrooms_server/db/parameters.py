@@ -11,8 +11,7 @@ import duckdb
 
 from sqlrooms_server.db.statements import Statements
 from sqlrooms_server.errors import BadRequest
-
-Params = list[Any] | dict[str, Any]
+from sqlrooms_server.messages import Params
 
 _TYPE = "$type"
 _MAX_DEPTH = 100

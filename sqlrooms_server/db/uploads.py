@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -14,15 +14,14 @@ from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.ipc import STREAM_ERRORS, broken, numbered
 from sqlrooms_server.db.statements import quote_identifier
 from sqlrooms_server.errors import Conflict
-
-Mode = Literal["replace", "create", "append"]
+from sqlrooms_server.messages import UploadMode
 
 # Registered names belong to the cursor, so uploads at one time do not meet.
 _SOURCE = "__sqlrooms_upload"
 
 
 def write_table(
-    engine: Engine, cursor: Cursor, table: tuple[str, ...], mode: Mode, body: memoryview
+    engine: Engine, cursor: Cursor, table: tuple[str, ...], mode: UploadMode, body: memoryview
 ) -> None:
     """Write the Arrow IPC stream ``body`` to ``table`` (one to three name parts).
 
@@ -62,7 +61,7 @@ class TableWriter:
     one only at the end. Closing the cursor before :meth:`finish` rolls everything back.
     """
 
-    def __init__(self, cursor: Cursor, table: tuple[str, ...], mode: Mode) -> None:
+    def __init__(self, cursor: Cursor, table: tuple[str, ...], mode: UploadMode) -> None:
         self.rows = 0
         self._cursor = cursor
         self._mode = mode
@@ -149,7 +148,7 @@ def _qualified(table: tuple[str, ...]) -> str:
     return ".".join(quote_identifier(part) for part in table)
 
 
-def _explained(error: Exception, mode: Mode) -> Exception:
+def _explained(error: Exception, mode: UploadMode) -> Exception:
     """``error``, or what it means for an upload."""
     if mode == "create" and isinstance(error, duckdb.CatalogException):
         if "already exists" in str(error):

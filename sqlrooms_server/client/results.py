@@ -1,0 +1,39 @@
+"""What a result tells about itself, waiting or for asyncio."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from sqlrooms_server.client import flows
+from sqlrooms_server.client.messages import Id, Summary
+
+
+class ResultState:
+    """The part of a result that waits for nothing. A result that is dropped is abandoned."""
+
+    def __init__(self, stream: flows.Stream) -> None:
+        self._stream = stream
+        self._table: pa.Table | None = None
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns; none when the statement has no result."""
+        return self._stream.schema
+
+    @property
+    def query_id(self) -> Id:
+        """The name of the query on its connection."""
+        return self._stream.request.query_id
+
+    @property
+    def summary(self) -> Summary | None:
+        """Rows, bytes and times. None before the last batch was read, and without a result."""
+        return self._stream.summary
+
+    @property
+    def truncated(self) -> bool:
+        """True when there were more rows than a limit lets through. Known after the last batch."""
+        return self.summary is not None and self.summary.truncated
+
+    def __del__(self) -> None:
+        self._stream.abandon()
