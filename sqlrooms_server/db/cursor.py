@@ -229,15 +229,17 @@ class Cursor:
         statements: Statements,
         formats: tuple[str, ...],
     ) -> Result | None:
+        # The parser follows settings, and a session may have its own.
+        statement = (None if self._shared else statements.parsed) or sql
         if statements.end_in_change:
-            return self._change(sql, params, statements)
+            return self._change(statement, params, statements)
         exact = formats[:1] == ("json",) and statements.is_one_select
         if _BIND and _SUBMIT and statements.is_one_select:
             return self._submit(_BIND, _SUBMIT, sql, params, statements, exact)
         # 1.5 makes the whole result of sql() with parameters before its first row.
         relation = _STREAMS_FROM_SQL or (exact and params is None)
         # Either a relation or the cursor itself; both tell their columns and give a reader.
-        opened = self._ask(sql, params, relation)
+        opened = self._ask(sql if relation else statement, params, relation)
         if opened is None:
             return None
         description = opened.description
@@ -257,12 +259,12 @@ class Cursor:
         with self._engine.cursor() as other:
             return bindable(other.native, params, statements)
 
-    def _ask(self, sql: str, params: Params | None, relation: bool) -> Any:
+    def _ask(self, sql: str | duckdb.Statement, params: Params | None, relation: bool) -> Any:
         if relation:
             return self.native.sql(sql) if params is None else self.native.sql(sql, params=params)
         return self._execute(sql, params)
 
-    def _execute(self, sql: str, params: Params | None) -> Any:
+    def _execute(self, sql: str | duckdb.Statement, params: Params | None) -> Any:
         return self.native.execute(sql) if params is None else self.native.execute(sql, params)
 
     def _submit(
@@ -293,7 +295,9 @@ class Cursor:
         # The types before the casts tell how their texts are meant.
         return Result(opened.arrow_reader(), bound or description, statements)
 
-    def _change(self, sql: str, params: Params | None, statements: Statements) -> Result:
+    def _change(
+        self, sql: str | duckdb.Statement, params: Params | None, statements: Statements
+    ) -> Result:
         """Run a text whose last statement changes something.
 
         Its result is complete before the first row is read. Of all ways to run it, only
