@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import pyarrow as pa
 
+from sqlrooms_server.db.changes import Expected, is_uncertain, joined
 from sqlrooms_server.db.columns import Column, columns_of, exact_for_json, has_variant
 from sqlrooms_server.db.parameters import bindable, check_binds
 from sqlrooms_server.db.statements import Statements
@@ -120,20 +121,25 @@ class Cursor:
     DuckDB's errors come out of the block as ``QueryError`` with their text, or ``Conflict``. Only
     its worker uses a cursor; :meth:`interrupt` and :meth:`progress` are for other threads.
 
-    The native cursor of a session outlives the job: it is ``shared`` with those before and after.
+    The native cursor of a ``session`` outlives the job.
     """
 
     def __init__(
-        self, native: duckdb.DuckDBPyConnection, engine: Engine, *, shared: bool = False
+        self,
+        native: duckdb.DuckDBPyConnection,
+        engine: Engine,
+        *,
+        session: SharedCursor | None = None,
     ) -> None:
         self.native = native
-        self._shared = shared
+        self._session = session
         # What has happened by now that an error of the query does not undo: a sentence, or none.
         self.aftermath = ""
         self._shows_progress = False
         self._engine = engine
         self._interrupted = False
         self._result: Result | None = None
+        self._late_change: Expected | None = None
         self._closed = False
         self._lock = threading.Lock()
 
@@ -177,11 +183,13 @@ class Cursor:
         if self._result is not None:
             # A reader that somebody still refers to would keep the transaction open.
             self._result.reader.close()
-        if not self._shared:
+        if self._session is None:
             self.native.close()
         elif self._shows_progress:
             with contextlib.suppress(duckdb.Error):
                 self.native.execute("RESET enable_progress_bar; RESET enable_progress_bar_print")
+        if self._late_change is not None:
+            self._engine.changes.record(self._late_change)
 
     def check(self) -> None:
         """Raise ``Cancelled`` when the cursor was interrupted."""
@@ -208,19 +216,50 @@ class Cursor:
             params = self._bindable(params, statements)
         if statements.kinds is None or len(statements.kinds) > 1:
             self.aftermath = " Statements before the last may have been carried out."
+        if statements.effects or self._session is not None:
+            self._result = self._run_change(sql, params, statements, formats)
+        else:
+            self._result = self._run(sql, params, statements, formats)
+        return self._result
+
+    def _run_change(
+        self, sql: str, params: Params | None, statements: Statements, formats: tuple[str, ...]
+    ) -> Result | None:
+        """Run ``sql`` and record what it changes, once it has committed."""
+        changes = self._engine.changes
+        session = self._session
+        expected = changes.expect(self.native, statements, own_names=session is not None)
+        failed = True
         try:
-            if statements.may_retry and not self._shared:
-                retrying = self._engine.retrying
-                self._result = retrying(self, self._open, sql, params, statements, formats)
-            else:
-                self._result = self._open(sql, params, statements, formats)
+            result = self._run(sql, params, statements, formats)
+            failed = False
+        except BaseException as error:
+            if not is_uncertain(error, statements):
+                expected = None
+            raise
+        finally:
+            if session is not None:
+                expected = session.committed(expected, statements, failed=failed)
+            if expected is not None:
+                changes.record(expected)
+        if statements.is_one_select:
+            # It may commit with its last row.
+            self._late_change = expected
+        return result
+
+    def _run(
+        self, sql: str, params: Params | None, statements: Statements, formats: tuple[str, ...]
+    ) -> Result | None:
+        try:
+            if statements.may_retry and self._session is None:
+                return self._engine.retrying(self, self._open, sql, params, statements, formats)
+            return self._open(sql, params, statements, formats)
         except duckdb.InvalidInputException:
             if params is not None:
                 # On a cursor of its own: this one may be in a transaction that failed.
                 with self._engine.cursor() as other:
                     check_binds(other.native, params)
             raise
-        return self._result
 
     def _open(
         self,
@@ -230,7 +269,7 @@ class Cursor:
         formats: tuple[str, ...],
     ) -> Result | None:
         # The parser follows settings, and a session may have its own.
-        statement = (None if self._shared else statements.parsed) or sql
+        statement = (statements.parsed if self._session is None else None) or sql
         if statements.end_in_change:
             return self._change(statement, params, statements)
         exact = formats[:1] == ("json",) and statements.is_one_select
@@ -253,7 +292,7 @@ class Cursor:
         )
 
     def _bindable(self, params: Params, statements: Statements) -> Params:
-        if not self._shared:
+        if self._session is None:
             return bindable(self.native, params, statements)
         # The cursor of a session may be in a transaction that failed, and take no questions.
         with self._engine.cursor() as other:
@@ -304,7 +343,7 @@ class Cursor:
         execute() and fetchall() never report an interrupt for what was committed.
         """
         self._execute(sql, params)
-        self.aftermath = _IN_SESSION if self._shared else CHANGES_STAND
+        self.aftermath = CHANGES_STAND if self._session is None else _IN_SESSION
         description = self.native.description
         if len(description) == 1 and _is_count(*description[0][:2]):
             counts = pa.array([row[0] for row in self.native.fetchall()], pa.int64())
@@ -347,12 +386,43 @@ class SharedCursor:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._native: duckdb.DuckDBPyConnection | None = None
+        # None: nobody knows whether a transaction is open.
+        self._in_transaction: bool | None = False
+        # What the open transaction is going to change when it commits.
+        self._pending: Expected | None = None
 
     def for_job(self) -> Cursor:
         """The cursor for one job, made when the first one needs it. For one worker at a time."""
         if self._native is None:
             self._native = self._engine.native_cursor()
-        return Cursor(self._native, self._engine, shared=True)
+        return Cursor(self._native, self._engine, session=self)
+
+    def committed(
+        self, expected: Expected | None, statements: Statements, *, failed: bool
+    ) -> Expected | None:
+        """What is, or may be, committed now that ``statements`` ran; the rest is kept.
+
+        ``expected`` is what they changed. More than was committed may be returned.
+        """
+        words = statements.transactions
+        was_open = self._in_transaction
+        if not words:
+            if was_open is not False:
+                self._pending = joined(self._pending, expected)
+            return None if was_open else expected
+        everything = joined(self._pending, expected)
+        if statements.kinds is None or len(statements.kinds) > 1:
+            begins = words[-1] == "begin"
+            self._in_transaction = None if failed else begins
+            self._pending = everything if failed or begins else None
+            return everything
+        if words == ("begin",):
+            self._in_transaction = was_open if failed else True
+            return None
+        # A COMMIT that failed may leave the transaction open, which only ROLLBACK ends.
+        self._in_transaction = None if failed else False
+        self._pending = everything if failed else None
+        return everything if words == ("commit",) else None
 
     def close(self) -> None:
         """Roll an open transaction back and free what the cursor holds."""

@@ -16,8 +16,11 @@ from typing import Any, TypeVar
 import duckdb
 
 from sqlrooms_server.db import files
+from sqlrooms_server.db.changes import Changes
 from sqlrooms_server.db.cursor import Cursor, is_conflict, query_failure
+from sqlrooms_server.db.plans import Readings
 from sqlrooms_server.db.statements import Classifier, quote_identifier, quote_literal
+from sqlrooms_server.db.versions import Versions
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,8 @@ class Engine:
         """``limits`` are settings of DuckDB, such as ``memory_limit``, and their values."""
         self.read_only = read_only
         self.classifier = Classifier()
+        self.versions = Versions()
+        self.changes = Changes(self.versions)
         self._writer = threading.Lock()
         self._connection = files.open_database(
             path,
@@ -59,9 +64,14 @@ class Engine:
                 files.limit(self._connection, name, value)
             for extension in extensions:
                 files.load_extension(self._connection, extension)
+            self.catalog: str = self._connection.execute("SELECT current_database()").fetchall()[0][
+                0
+            ]
         except BaseException:
             self._connection.close()
             raise
+
+        self.readings = Readings(self.versions, self.catalog)
 
     def cursor(self) -> Cursor:
         """A fresh cursor for one job. Raises ``QueryError`` when the database is closed."""

@@ -7,6 +7,8 @@ from typing import Any
 
 import duckdb
 
+from sqlrooms_server.db.effects import ANYTHING_CHANGES, Effect, effects_of, transactions_of
+from sqlrooms_server.db.lexical import LITERAL_OR_COMMENT
 from sqlrooms_server.errors import BadRequest
 
 # DuckDB's parsers, and the one of 2.x above all, spend seconds and gigabytes on deep texts before
@@ -49,6 +51,8 @@ class Statements:
     empty when it holds none, None when DuckDB could not say.
 
     ``parameters`` are the names of those of the last statement, None when they are not known.
+    ``effects`` are what the statements may change, see :mod:`sqlrooms_server.db.effects`.
+    ``transactions`` are "begin", "commit" or "rollback" for each of those that does that.
     ``parsed`` is the statement of a short text that holds one: running it instead of the text
     saves a quarter of the time of a small query, and makes no difference otherwise.
     ``width`` and ``schema_message`` are guesses from the last run of the same text, None before
@@ -56,6 +60,7 @@ class Statements:
     """
 
     __slots__ = (
+        "effects",
         "end_in_change",
         "is_one_select",
         "kinds",
@@ -64,15 +69,25 @@ class Statements:
         "parsed",
         "returns_rows",
         "schema_message",
+        "sql",
+        "transactions",
         "width",
     )
 
     def __init__(
-        self, kinds: tuple[str, ...] | None, parameters: frozenset[str] | None = None
+        self,
+        sql: str,
+        kinds: tuple[str, ...] | None,
+        parameters: frozenset[str] | None = None,
+        effects: tuple[Effect, ...] = (),
+        transactions: tuple[str, ...] = (),
     ) -> None:
         last = kinds[-1] if kinds else ""
+        self.sql = sql
         self.kinds = kinds
         self.parameters = parameters
+        self.effects = effects
+        self.transactions = transactions
         self.parsed: duckdb.Statement | None = None
         self.width: int | None = None
         self.schema_message: Any = None
@@ -120,42 +135,38 @@ class Classifier:
 
 def _parsed(cursor: duckdb.DuckDBPyConnection, sql: str) -> Statements:
     if len(sql) > MAX_PARSED_LENGTH:
-        return Statements(_kinds_of_long(sql))
+        kind = _kind_of_long(sql)
+        if kind is None:
+            return Statements(sql, None, effects=(ANYTHING_CHANGES,))
+        return Statements(sql, (kind,), effects=effects_of((kind,), (sql,), sql))
     try:
         parsed = cursor.extract_statements(sql)
         kinds = tuple(statement.type.name for statement in parsed)
     except (duckdb.Error, ValueError):
         # ValueError: 2.x has kinds its Python enumeration does not know (UPDATE EXTENSIONS).
-        return Statements(None)
+        return Statements(sql, None, effects=(ANYTHING_CHANGES,))
     if not parsed:
-        return Statements(())
-    statements = Statements(kinds, frozenset(parsed[-1].named_parameters))
-    if len(parsed) == 1 and len(sql) <= _MEMO_PARSED_LENGTH:
+        return Statements(sql, ())
+    texts = tuple(statement.query for statement in parsed)
+    parameters = frozenset(parsed[-1].named_parameters)
+    statements = Statements(
+        sql, kinds, parameters, effects_of(kinds, texts, sql), transactions_of(kinds, texts)
+    )
+    # A PRAGMA of 1.5 has become the text of another statement.
+    if texts == (sql,) and len(sql) <= _MEMO_PARSED_LENGTH:
         statements.parsed = parsed[0]
     return statements
 
 
-def _kinds_of_long(sql: str) -> tuple[str, ...] | None:
+def _kind_of_long(sql: str) -> str | None:
     """The kind of a text that is certainly one statement; None for any other."""
     word = re.match(r"\s*(\w+)", sql)
     if word is None or ";" in sql.rstrip().rstrip(";"):
         return None
-    kind = _KINDS_BY_WORD.get(word[1].upper())
-    return None if kind is None else (kind,)
+    return _KINDS_BY_WORD.get(word[1].upper())
 
 
-_BRACKET_OR_LITERAL = re.compile(
-    r"""
-    \b[eE]'(?:[^'\\]|\\.)*'?          # escape string
-    | '[^']*'?                        # string; a doubled quote is two strings side by side
-    | "[^"]*"?
-    | --[^\n]*
-    | /\*(?:.*?\*/|.*)
-    | (\$\w*\$)(?:.*?\1|.*)           # dollar-quoted string
-    | [][(){}]
-    """,
-    re.VERBOSE | re.DOTALL,
-)
+_BRACKET_OR_LITERAL = re.compile(rf"{LITERAL_OR_COMMENT} | [][(){{}}]", re.VERBOSE | re.DOTALL)
 
 
 def nesting(sql: str) -> int:

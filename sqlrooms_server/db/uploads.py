@@ -52,6 +52,7 @@ def write_table(
 
     cursor.check()
     engine.retrying(cursor, attempt)
+    engine.changes.wrote(cursor.native, target, new=mode != "append")
 
 
 class TableWriter:
@@ -61,8 +62,11 @@ class TableWriter:
     one only at the end. Closing the cursor before :meth:`finish` rolls everything back.
     """
 
-    def __init__(self, cursor: Cursor, table: tuple[str, ...], mode: UploadMode) -> None:
+    def __init__(
+        self, engine: Engine, cursor: Cursor, table: tuple[str, ...], mode: UploadMode
+    ) -> None:
         self.rows = 0
+        self._engine = engine
         self._cursor = cursor
         self._mode = mode
         self._target = table
@@ -105,6 +109,7 @@ class TableWriter:
         self._cursor.check()
         native.execute("COMMIT")
         self._cursor.aftermath = CHANGES_STAND
+        self._engine.changes.wrote(native, _qualified(self._target), new=self._mode != "append")
 
     @property
     def _insertion(self) -> str:

@@ -240,7 +240,7 @@ class Uploads:
             upload.cursor = cursor
             stream = PushedStream(self._settings.max_message_size)
             arriving = _Arriving(cursor, upload, stream)
-            writer = TableWriter(cursor, table, mode)
+            writer = TableWriter(self._engine, cursor, table, mode)
             while True:
                 batch = arriving.next(0.0)
                 if arriving.schema is not None:

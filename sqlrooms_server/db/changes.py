@@ -1,0 +1,212 @@
+"""Which changes a statement makes: told before it runs, recorded when it has committed."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import dataclass
+
+import duckdb
+
+from sqlrooms_server.db.effects import Effect
+from sqlrooms_server.db.plans import Unplannable, plan_of
+from sqlrooms_server.db.statements import Statements
+from sqlrooms_server.db.versions import ANYTHING, Change, Table, Versions, combined
+
+_MEMO_ENTRIES = 1024
+
+# A plan of a longer text is not worth its size.
+_MAX_PLANNED_LENGTH = 64 << 10
+
+_HAS_TRIGGERS = int(duckdb.__version__.split(".")[0]) >= 2
+
+# After any other error a single statement may have committed all the same.
+_UNCERTAIN = (
+    duckdb.InterruptException,
+    duckdb.FatalException,
+    duckdb.InternalException,
+    duckdb.IOException,
+    duckdb.OutOfMemoryException,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a text is going to change, as far as could be told at ``epoch``."""
+
+    epoch: int
+    change: Change
+
+
+def joined(one: Expected | None, other: Expected | None) -> Expected | None:
+    """Both in one. The older epoch makes it void sooner."""
+    if one is None or other is None:
+        return one or other
+    change = combined((one.change, other.change))
+    assert change is not None
+    return Expected(min(one.epoch, other.epoch), change)
+
+
+class Changes:
+    """Records in ``versions`` what statements change. Safe from any thread."""
+
+    def __init__(self, versions: Versions) -> None:
+        self._versions = versions
+        # Epoch, and the table behind each name. None: no table that rows can be written to.
+        self._memo: tuple[int, dict[str, Table | None]] = (-1, {})
+        self._triggers: tuple[int, bool] = (-1, False)
+
+    def expect(
+        self, native: duckdb.DuckDBPyConnection, statements: Statements, *, own_names: bool
+    ) -> Expected | None:
+        """What ``statements`` are going to change; None for nothing.
+
+        ``own_names``: names may mean something else on this cursor than on others.
+        """
+        if not statements.effects:
+            return None
+        epoch = self._versions.epoch
+        if not self._versions.in_use:
+            return Expected(epoch, ANYTHING)
+        found = (
+            self._expected(native, effect, statements, epoch, own_names)
+            for effect in statements.effects
+        )
+        change = combined(change for change in found if change is not None)
+        return None if change is None else Expected(epoch, change)
+
+    def _expected(
+        self,
+        native: duckdb.DuckDBPyConnection,
+        effect: Effect,
+        statements: Statements,
+        epoch: int,
+        own_names: bool,
+    ) -> Change | None:
+        unknown = effect.unknown
+        if effect.catalog:
+            tables = [_named(native, name) for name in (*effect.targets, *effect.created)]
+        else:
+            tables = _planned(native, statements) if effect.by_plan else []
+            for name in effect.targets:
+                tables.append(self._table(native, name, epoch, own_names=own_names))
+            unknown = bool(tables) and (None in tables or self._has_trigger(native, epoch))
+        told = tuple(table for table in tables if table is not None and table[0] != "temp")
+        if not told and not unknown and not effect.catalog:
+            return None
+        return Change(effect.op, told, catalog=effect.catalog or unknown, unknown=unknown)
+
+    def record(self, expected: Expected) -> None:
+        """What was expected is committed."""
+        self._versions.record(self.settled(expected))
+
+    def settled(self, expected: Expected) -> Change:
+        """What has changed, now that the statements ran."""
+        change = expected.change
+        if change.catalog or expected.epoch == self._versions.epoch:
+            return change
+        # The catalog has changed since the names were looked up.
+        return Change(change.op, change.tables, catalog=True, unknown=True)
+
+    def wrote(self, native: duckdb.DuckDBPyConnection, name: str, *, new: bool) -> None:
+        """An upload to ``name``, as it is written in SQL, is committed; ``new``: it made the table.
+
+        If nothing is known of the table any more, anything may have changed.
+        """
+        epoch = self._versions.epoch
+        if not self._versions.in_use:
+            self._versions.record(ANYTHING)
+            return
+        table = None
+        # The commit must not go untold, whatever becomes of the cursor.
+        with contextlib.suppress(duckdb.Error):
+            table = self._table(native, name, epoch, own_names=new)
+        unknown = table is None or self._has_trigger(native, epoch)
+        told = () if table is None else (table,)
+        self._versions.record(Change("upload", told, catalog=new or unknown, unknown=unknown))
+
+    def _table(
+        self, native: duckdb.DuckDBPyConnection, name: str, epoch: int, *, own_names: bool
+    ) -> Table | None:
+        """The table that a statement writes to which names ``name``; None when nobody knows."""
+        known_at, names = self._memo
+        if known_at != epoch:
+            names = {}
+            self._memo = (epoch, names)
+        if own_names or name not in names:
+            table = _written(native, f"DELETE FROM {name}")
+            if own_names or table is None:
+                return table
+            if len(names) >= _MEMO_ENTRIES:
+                names.clear()
+            names[name] = table
+        return names[name]
+
+    def _has_trigger(self, native: duckdb.DuckDBPyConnection, epoch: int) -> bool:
+        """Whether writing one table may write another. 2.x has triggers."""
+        if not _HAS_TRIGGERS:
+            return False
+        known_at, has_trigger = self._triggers
+        if known_at != epoch:
+            try:
+                rows = native.execute("SELECT 1 FROM duckdb_triggers() LIMIT 1").fetchall()
+                has_trigger = bool(rows)
+            except duckdb.Error:
+                return True
+            self._triggers = (epoch, has_trigger)
+        return has_trigger
+
+
+def is_uncertain(error: BaseException, statements: Statements) -> bool:
+    """Whether something may have been committed though ``error`` was raised."""
+    if statements.kinds is None:
+        return not isinstance(error, duckdb.ParserException | duckdb.SyntaxException)
+    if len(statements.kinds) > 1:
+        return True
+    return isinstance(error, _UNCERTAIN) or not isinstance(error, duckdb.Error)
+
+
+def _written(native: duckdb.DuckDBPyConnection, statement: str) -> Table | None:
+    try:
+        plan = plan_of(native, statement)
+    except Unplannable:
+        return None
+    return plan.writes[0] if len(plan.writes) == 1 else None
+
+
+def _planned(native: duckdb.DuckDBPyConnection, statements: Statements) -> list[Table | None]:
+    """What the plan of a single statement writes; [None] when it tells nothing."""
+    text = statements.sql
+    if statements.kinds is None or len(statements.kinds) != 1 or len(text) > _MAX_PLANNED_LENGTH:
+        return [None]
+    try:
+        plan = plan_of(native, text)
+    except Unplannable:
+        return [None]
+    unknown = plan.nodes - {"SAMPLE"}
+    return [*plan.writes, None] if unknown else [*plan.writes]
+
+
+_PART = re.compile(r'"((?:[^"]|"")+)"|([^."]+)')
+
+
+def _named(native: duckdb.DuckDBPyConnection, name: str) -> Table | None:
+    """The full name of the table or view ``name``, there or not, as far as that can be told."""
+    table = _written(native, f"DELETE FROM {name}")
+    if table is not None:
+        return table
+    parts = [quoted.replace('""', '"') or plain for quoted, plain in _PART.findall(name)]
+    if len(parts) == 3:
+        return parts[0], parts[1], parts[2]
+    try:
+        rows = native.execute(
+            "SELECT current_database(), current_schema(), "
+            "EXISTS (FROM duckdb_databases() WHERE lower(database_name) = lower($1))",
+            [parts[0]],
+        ).fetchall()
+    except duckdb.Error:
+        return None
+    catalog, schema, begins_with_catalog = rows[0]
+    if len(parts) == 1:
+        return catalog, schema, parts[0]
+    return (parts[0], "main", parts[1]) if begins_with_catalog else (catalog, parts[0], parts[1])

@@ -1,0 +1,208 @@
+"""What a statement may change, as far as its kind and its first words tell.
+
+The words are those of a text that DuckDB has parsed as a statement of that kind, so that what
+stands between ``INSERT INTO`` and the next space or bracket is its target. Where they leave a
+doubt, the answer is that anything may change.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from sqlrooms_server.db.lexical import LITERAL_OR_COMMENT
+
+
+class Effect(NamedTuple):
+    """What one statement may change.
+
+    ``targets`` are names as they stand in the text. ``created`` ones are there only afterwards.
+    ``by_plan``: its plan tells the targets. See :class:`versions.Change` for the others.
+    """
+
+    op: str
+    targets: tuple[str, ...] = ()
+    created: tuple[str, ...] = ()
+    catalog: bool = False
+    unknown: bool = False
+    by_plan: bool = False
+
+
+ANYTHING_CHANGES = Effect("change", catalog=True, unknown=True)
+_SETTINGS = Effect("change", catalog=True)
+
+_PART = r'(?:[^\W\d][\w$]*|"(?:[^"]|"")+")'
+# Whole: no point may follow, nor a character that could belong to the name.
+_NAME = rf"(?P<name>{_PART}(?:\.{_PART}){{0,2}})(?=[\s(;]|$)(?!\s*\.)"
+_SKIPPED = r"(?:\s|--[^\n]*(?:\n|$)|/\*(?:(?!/\*|\*/).)*\*/)*"
+_CREATE = r"CREATE\s+(?:OR\s+REPLACE\s+)?"
+
+
+def _words(pattern: str) -> re.Pattern[str]:
+    return re.compile(_SKIPPED + pattern, re.IGNORECASE | re.DOTALL)
+
+
+_TARGETS = {
+    "INSERT": _words(rf"INSERT\s+(?:OR\s+(?:REPLACE|IGNORE)\s+)?INTO\s+{_NAME}"),
+    "UPDATE": _words(rf"UPDATE\s+{_NAME}"),
+    "DELETE": _words(rf"(?:DELETE\s+FROM|TRUNCATE(?:\s+TABLE)?)\s+{_NAME}"),
+    "MERGE_INTO": _words(rf"MERGE\s+INTO\s+{_NAME}"),
+    "COPY": _words(rf'COPY\s+{_NAME}\s*(?:\([^)"]*\)\s*)?FROM\b'),
+}
+_OPS = {"MERGE_INTO": "merge"}
+
+_COPY_TO_FILE = _words(rf'COPY\s*(?:\(|{_NAME}\s*(?:\([^)"]*\)\s*)?TO\b)')
+_CREATE_TEMPORARY = _words(rf"{_CREATE}(?:TEMP|TEMPORARY)\b")
+_CREATE_TABLE = _words(rf"{_CREATE}(?:TABLE|VIEW)\s+(?:IF\s+NOT\s+EXISTS\s+)?{_NAME}")
+_DROP_TABLE = _words(
+    rf"DROP\s+(?:TABLE|VIEW)\s+(?:IF\s+EXISTS\s+)?{_NAME}\s*(?:CASCADE|RESTRICT)?\s*;?\s*$"
+)
+_DROP_OTHER = _words(r"DROP\s+(?:INDEX|SEQUENCE|MACRO|FUNCTION|TYPE|SECRET|TRIGGER)\b")
+_DEALLOCATE = _words(r"DEALLOCATE\b")
+_ALTER_TABLE = _words(
+    rf"ALTER\s+(?:TABLE|VIEW)\s+(?:IF\s+EXISTS\s+)?{_NAME}"
+    rf"(?:\s+RENAME\s+TO\s+(?P<new>{_PART})\s*;?\s*$)?"
+)
+_COMMENT = _words(r"COMMENT\s+ON\b")
+_CHECKPOINT = _words(r"(?:FORCE\s+)?CHECKPOINT\b")
+_READING_PRAGMA = _words(
+    r"PRAGMA\s+(?:table_info|show_tables|show_tables_expanded|show_databases|database_list|"
+    r"database_size|storage_info|version|platform|functions|collations|show|user_agent|"
+    r"metadata_info)\b"
+)
+_BEGIN_OR_END = _words(r"(?P<word>\w+)")
+_MEANINGS = {"commit": "commit", "end": "commit", "rollback": "rollback", "abort": "rollback"}
+_PIVOT = _words(r"(?:PIVOT|UNPIVOT|WITH|FROM|SELECT)\b")
+
+_CHANGING_WORD = re.compile(
+    r"\b(?:insert|update|delete|merge|truncate|create|drop|alter)\b", re.IGNORECASE
+)
+_ANALYZE = re.compile(r"\banaly[sz]e\b", re.IGNORECASE)
+_OTHER_STATEMENT = re.compile(
+    r"\b(?:copy|call|attach|detach|pragma|execute|import|set|load|use)\b", re.IGNORECASE
+)
+_LITERAL_OR_COMMENT = re.compile(LITERAL_OR_COMMENT, re.VERBOSE | re.DOTALL)
+
+_SILENT_KINDS = {"SET", "VARIABLE_SET", "LOAD", "VACUUM", "ANALYZE"}
+_RENAMING_KINDS = {"SET", "VARIABLE_SET", "ATTACH", "DETACH"}
+_HARMLESS_KINDS = {"TRANSACTION", "PREPARE", "EXPORT"}
+
+
+def has_changing_word(sql: str) -> bool:
+    """Whether ``sql`` may hold a clause that changes something, outside literals and comments."""
+    return _CHANGING_WORD.search(sql) is not None and (
+        _CHANGING_WORD.search(_LITERAL_OR_COMMENT.sub(" ", sql)) is not None
+    )
+
+
+def effects_of(kinds: tuple[str, ...], texts: tuple[str, ...], sql: str) -> tuple[Effect, ...]:
+    """What the statements of ``sql``, of these kinds and texts, may change."""
+    if "" in texts:
+        # PIVOT on 1.5 is two statements without a text: one makes a temporary type.
+        is_pivot = kinds == ("CREATE", "SELECT") and _of_multi(sql) is None
+        return () if is_pivot else (ANYTHING_CHANGES,)
+    effects = [_effect_of(kind, text) for kind, text in zip(kinds, texts, strict=True)]
+    found = tuple(effect for effect in effects if effect is not None)
+    if len(found) > 1 and not _RENAMING_KINDS.isdisjoint(kinds):
+        # What a name means may change on the way.
+        return (ANYTHING_CHANGES,)
+    return found
+
+
+def transactions_of(kinds: tuple[str, ...], texts: tuple[str, ...]) -> tuple[str, ...]:
+    """ "begin", "commit" or "rollback" for each statement that does that, in order."""
+    words = []
+    for kind, text in zip(kinds, texts, strict=True):
+        if kind == "TRANSACTION":
+            match = _BEGIN_OR_END.match(text)
+            words.append(_MEANINGS.get(match["word"].lower(), "begin") if match else "begin")
+    return tuple(words)
+
+
+def _effect_of(kind: str, text: str) -> Effect | None:
+    """What a statement of ``kind`` (as DuckDB names it) may change; None for nothing."""
+    if kind == "SELECT":
+        # 2.x has WITH x AS (INSERT … RETURNING …) SELECT.
+        return Effect("change", by_plan=True) if has_changing_word(text) else None
+    if kind in _TARGETS:
+        return _of_rows(kind, text)
+    if kind in _HARMLESS_KINDS:
+        return None
+    if kind in _SILENT_KINDS:
+        return _SETTINGS
+    special = _SPECIAL.get(kind)
+    return ANYTHING_CHANGES if special is None else special(text)
+
+
+def _of_rows(kind: str, text: str) -> Effect:
+    op = _OPS.get(kind, kind.lower())
+    match = _TARGETS[kind].match(text)
+    if match is not None:
+        return Effect(op, (match["name"],))
+    if kind != "COPY":
+        return Effect(op, by_plan=True)
+    if _COPY_TO_FILE.match(text) and not has_changing_word(text):
+        return _SETTINGS
+    return ANYTHING_CHANGES
+
+
+def _of_create(text: str) -> Effect | None:
+    if _CREATE_TEMPORARY.match(text):
+        return None
+    match = _CREATE_TABLE.match(text)
+    if match is None:
+        return _SETTINGS
+    # The word CREATE itself is one.
+    writes_more = has_changing_word(text[match.end() :])
+    return Effect("create", created=(match["name"],), catalog=True, unknown=writes_more)
+
+
+def _of_drop(text: str) -> Effect | None:
+    if _DEALLOCATE.match(text):
+        return None
+    match = _DROP_TABLE.match(text)
+    if match is not None:
+        return Effect("drop", (match["name"],), catalog=True)
+    return _SETTINGS if _DROP_OTHER.match(text) else ANYTHING_CHANGES
+
+
+def _of_alter(text: str) -> Effect:
+    match = _ALTER_TABLE.match(text)
+    if match is None:
+        return _SETTINGS if _COMMENT.match(text) else ANYTHING_CHANGES
+    old, new = match["name"], match["new"]
+    if new is None:
+        return Effect("alter", (old,), catalog=True)
+    start = old[: len(old) - len(re.split(r'\.(?=(?:[^"]*"[^"]*")*[^"]*$)', old)[-1])]
+    return Effect("alter", (old,), created=(start + new,), catalog=True)
+
+
+def _of_explain(text: str) -> Effect | None:
+    if not _ANALYZE.search(text):
+        return None
+    only_reads = not has_changing_word(text) and not _OTHER_STATEMENT.search(text)
+    return None if only_reads else ANYTHING_CHANGES
+
+
+def _of_call(text: str) -> Effect | None:
+    return None if _CHECKPOINT.match(text) else ANYTHING_CHANGES
+
+
+def _of_pragma(text: str) -> Effect | None:
+    return None if _READING_PRAGMA.match(text) else ANYTHING_CHANGES
+
+
+def _of_multi(text: str) -> Effect | None:
+    is_pivot = _PIVOT.match(text) is not None and not has_changing_word(text)
+    return None if is_pivot else ANYTHING_CHANGES
+
+
+_SPECIAL = {
+    "CREATE": _of_create,
+    "DROP": _of_drop,
+    "ALTER": _of_alter,
+    "EXPLAIN": _of_explain,
+    "CALL": _of_call,
+    "PRAGMA": _of_pragma,
+    "MULTI": _of_multi,
+}

@@ -1,0 +1,13 @@
+"""The parts of a SQL text that are not code."""
+
+from __future__ import annotations
+
+# For re.VERBOSE | re.DOTALL. Its only group is the mark of a dollar-quoted string.
+LITERAL_OR_COMMENT = r"""
+    \b[eE]'(?:[^'\\]|\\.)*'?          # escape string
+    | '[^']*'?                        # string; a doubled quote is two strings side by side
+    | "[^"]*"?
+    | --[^\n]*
+    | /\*(?:.*?\*/|.*)
+    | (\$\w*\$)(?:.*?\1|.*)           # dollar-quoted string
+    """

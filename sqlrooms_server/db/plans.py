@@ -1,0 +1,214 @@
+"""What a statement reads and writes, from the plan that DuckDB makes of it.
+
+The plan is the one of ``json_serialize_plan``, bound and not optimised: views, macros and ``WITH``
+are expanded, tables have their full names. DuckDB does not serialise every plan; of those it does
+not, nothing is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import duckdb
+import ujson
+
+from sqlrooms_server.db.versions import Table, Versions, key_of
+
+_MEMO_ENTRIES = 1024
+
+# The nodes of plans that read, and of no others.
+_READING_NODES = frozenset(
+    "PROJECTION FILTER AGGREGATE_AND_GROUP_BY WINDOW UNNEST LIMIT ORDER_BY TOP_N DISTINCT PIVOT "
+    "GET CHUNK_GET DELIM_GET EXPRESSION_GET DUMMY_SCAN EMPTY_RESULT CTE_REF MATERIALIZED_CTE "
+    "RECURSIVE_CTE JOIN DELIM_JOIN COMPARISON_JOIN ANY_JOIN CROSS_PRODUCT POSITIONAL_JOIN "
+    "ASOF_JOIN DEPENDENT_JOIN UNION EXCEPT INTERSECT".split()
+)
+_WRITING_NODES = frozenset("INSERT UPDATE DELETE MERGE_INTO".split())
+
+# Table functions whose rows follow from their arguments.
+_GENERATORS = frozenset(
+    "range generate_series unnest repeat repeat_row json_each json_tree".split()
+)
+
+# Marked as consistent, but age(x) reads the clock and current_setting() the settings of others.
+# error() is marked as volatile, but stands in the plan of every scalar subquery.
+_NOT_CONSISTENT = {"age", "current_setting", "getvariable"}
+_CONSISTENT = {"error", "__cast"}
+
+_CALLS = ("BOUND_FUNCTION", "BOUND_AGGREGATE", "BOUND_WINDOW")
+
+# Functions that change something when they run, which nobody may do again and again unasked.
+_SIDE_EFFECTS = {"nextval", "setval", "setseed", "write_log"}
+
+
+class Unplannable(Exception):
+    """DuckDB gives no plan. The text says why."""
+
+
+@dataclass
+class Plan:
+    """What stands in one plan. ``nodes`` are those that are neither known to read nor to write."""
+
+    reads: list[Table] = field(default_factory=list)
+    writes: list[Table] = field(default_factory=list)
+    functions: set[str] = field(default_factory=set)
+    table_functions: set[str] = field(default_factory=set)
+    nodes: set[str] = field(default_factory=set)
+
+
+def plan_of(native: duckdb.DuckDBPyConnection, sql: str) -> Plan:
+    """The plan of one statement, which is not run. Raises ``Unplannable``.
+
+    DuckDB 2.x carries out some functions when it binds them, ``enable_logging()`` for one; whoever
+    may run the statement may plan it.
+    """
+    try:
+        text = native.execute("SELECT json_serialize_plan(?, optimize := false)", [sql]).fetchall()
+    except duckdb.InterruptException:
+        raise
+    except duckdb.Error as error:
+        raise Unplannable(str(error)) from error
+    serialized = ujson.loads(text[0][0])
+    if serialized.get("error"):
+        raise Unplannable(str(serialized.get("error_message")))
+    plan = Plan()
+    _collect(serialized["plans"], plan)
+    return plan
+
+
+def _collect(value: Any, plan: Plan) -> None:
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting.extend(value)
+        elif isinstance(value, dict):
+            kind = value.get("type")
+            if isinstance(kind, str) and kind.startswith("LOGICAL_"):
+                _collect_node(kind.removeprefix("LOGICAL_"), value, plan)
+            if value.get("expression_class") in _CALLS:
+                name = _function_name(value)
+                # Window functions such as row_number() have none.
+                if name:
+                    plan.functions.add(name)
+            waiting.extend(value.values())
+
+
+def _collect_node(kind: str, node: dict[str, Any], plan: Plan) -> None:
+    if kind == "GET":
+        function = _function_name(node)
+        source = node.get("function_data") or {}
+        if function == "seq_scan":
+            plan.reads.append((source["catalog"], source["schema"], source["table"]))
+        else:
+            plan.table_functions.add(function)
+        if (node.get("extra_info") or {}).get("sample_options"):
+            plan.nodes.add("SAMPLE")
+    elif kind in _WRITING_NODES:
+        plan.writes.append(_named(node.get("table_info") or node["info"]))
+    elif kind not in _READING_NODES:
+        plan.nodes.add(kind)
+
+
+def _function_name(value: dict[str, Any]) -> str:
+    # 2.x has qualified names.
+    qualified = value.get("qname")
+    name = qualified["path"][-1] if isinstance(qualified, dict) else value.get("name")
+    return str(name or "").lower()
+
+
+def _named(info: dict[str, Any]) -> Table:
+    qualified = info.get("qualified_name")
+    if qualified:
+        catalog, schema, name = qualified["path"]
+        return catalog, schema, name
+    return info["catalog"], info["schema"], info["table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a query depends on, as of ``epoch``.
+
+    ``tables`` are the keys of the tables that it reads. ``uncacheable`` says why its result can
+    not be kept, ``unwatchable`` why nobody can tell when it changes; empty when it can.
+    """
+
+    epoch: int
+    tables: tuple[str, ...] = ()
+    uncacheable: str = ""
+    unwatchable: str = ""
+
+
+class Readings:
+    """What queries read, remembered until the catalog changes. Safe from any thread."""
+
+    def __init__(self, versions: Versions, catalog: str) -> None:
+        """``catalog`` is the name of the main database."""
+        self._versions = versions
+        self._catalog = catalog
+        self._memo: dict[str, Reading] = {}
+        self._consistent: tuple[int, frozenset[str]] = (-1, frozenset())
+
+    def known(self, sql: str) -> Reading | None:
+        """What ``sql`` reads, if that is known already and still true."""
+        reading = self._memo.get(sql)
+        return reading if reading is not None and reading.epoch == self._versions.epoch else None
+
+    def of(self, native: duckdb.DuckDBPyConnection, sql: str) -> Reading:
+        """What ``sql``, one SELECT, reads."""
+        reading = self.known(sql)
+        if reading is None:
+            # Taken first: a change of the catalog while DuckDB plans makes the answer void.
+            epoch = self._versions.epoch
+            reading = self._read(native, sql, epoch)
+            if len(self._memo) >= _MEMO_ENTRIES:
+                self._memo.clear()
+            self._memo[sql] = reading
+        return reading
+
+    def _read(self, native: duckdb.DuckDBPyConnection, sql: str, epoch: int) -> Reading:
+        try:
+            plan = plan_of(native, sql)
+        except Unplannable as error:
+            reason = f"DuckDB does not tell what it reads: {error}"
+            return Reading(epoch, (), reason, reason)
+        keys = tuple(sorted({key_of(table) for table in plan.reads}))
+        sources = plan.table_functions - _GENERATORS
+        if plan.writes:
+            unwatchable = "it changes data"
+        elif not _SIDE_EFFECTS.isdisjoint(plan.functions):
+            unwatchable = f"{min(_SIDE_EFFECTS & plan.functions)}() changes something each time"
+        elif sources:
+            unwatchable = f"it reads {min(sources)}(), whose changes are not seen"
+        elif plan.nodes - {"SAMPLE"}:
+            unwatchable = f"its plan has a part that is not known to only read: {min(plan.nodes)}"
+        else:
+            unwatchable = ""
+        foreign = {table[0] for table in plan.reads if table[0].lower() != self._catalog.lower()}
+        inconsistent = plan.functions - self._consistent_functions(native, epoch)
+        if unwatchable:
+            uncacheable = unwatchable
+        elif plan.nodes:
+            uncacheable = "it takes a sample"
+        elif foreign:
+            uncacheable = f"it reads another database, {min(foreign)}"
+        elif inconsistent:
+            uncacheable = f"{min(inconsistent)}() may give something else each time"
+        else:
+            uncacheable = ""
+        return Reading(epoch, keys, uncacheable, unwatchable)
+
+    def _consistent_functions(
+        self, native: duckdb.DuckDBPyConnection, epoch: int
+    ) -> frozenset[str]:
+        """Those that give the same for the same arguments. Extensions bring more."""
+        known_at, names = self._consistent
+        if known_at != epoch:
+            rows = native.execute(
+                "SELECT lower(function_name) FROM duckdb_functions() WHERE stability IS NOT NULL "
+                "GROUP BY 1 HAVING bool_and(stability = 'CONSISTENT')"
+            ).fetchall()
+            names = frozenset({row[0] for row in rows} - _NOT_CONSISTENT | _CONSISTENT)
+            self._consistent = (epoch, names)
+        return names
