@@ -12,6 +12,7 @@ import pytest
 
 from sqlrooms_server import errors, protocol
 from sqlrooms_server.errors import ServerError
+from sqlrooms_server.protocol.decode import TEXT_DECODERS
 from tests.conftest import LocalServer, ServerProcess
 from tests.npm import PROJECT, install_packages, run_node
 from tests.readme import README, renewed
@@ -77,7 +78,7 @@ def test_the_protocol_page_names_every_code_and_message() -> None:
     for error in vars(errors).values():
         if isinstance(error, type) and issubclass(error, ServerError):
             assert f"| `{error.code}` |" in page, error.code
-    for kind in (*protocol._TEXT_DECODERS, "uploadArrow"):
+    for kind in (*TEXT_DECODERS, "uploadArrow"):
         assert f'type: "{kind}"' in page, kind
     assert f"Version {protocol.PROTOCOL_VERSION}." in page
 

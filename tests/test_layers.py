@@ -38,7 +38,7 @@ OWNERS = {
     "duckdb": {"db/"},
     "pyarrow": {"db/", "client/", "query_command/"},
     "websockets": {"client/"},
-    "ujson": {"protocol.py", "db/json_rows.py", "client/"},
+    "ujson": {"protocol/", "db/json_rows.py", "client/"},
     "tomllib": {"settings.py"},
 }
 

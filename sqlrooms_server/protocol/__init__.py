@@ -1,0 +1,33 @@
+"""Bytes to frozen dataclasses and back. Knows neither sockets nor DuckDB.
+
+The contract is ``docs/protocol.md``.
+"""
+
+from __future__ import annotations
+
+from sqlrooms_server.protocol.decode import Limits, decode
+from sqlrooms_server.protocol.frames import (
+    arrow_prefix,
+    encode,
+    encode_error,
+    encode_ok,
+    json_prefix,
+    json_suffix,
+)
+from sqlrooms_server.protocol.names import parse_table_name, table_text
+
+PROTOCOL_VERSION = 1
+
+__all__ = [
+    "PROTOCOL_VERSION",
+    "Limits",
+    "arrow_prefix",
+    "decode",
+    "encode",
+    "encode_error",
+    "encode_ok",
+    "json_prefix",
+    "json_suffix",
+    "parse_table_name",
+    "table_text",
+]

@@ -1,0 +1,50 @@
+"""What the server sends: text messages, and what stands around bodies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ujson
+
+from sqlrooms_server.errors import QueryId, ServerError
+
+
+def encode(fields: dict[str, Any]) -> bytes:
+    """A text message."""
+    return ujson.dumps(fields, escape_forward_slashes=False).encode()
+
+
+def encode_error(error: ServerError) -> bytes:
+    """The error frame of ``error``; the query id is left out when it is not known."""
+    fields: dict[str, Any] = {"type": "error"}
+    if error.query_id is not None:
+        fields["queryId"] = error.query_id
+    fields["error"] = str(error)
+    fields["code"] = error.code
+    return encode(fields)
+
+
+def encode_ok(query_id: QueryId) -> bytes:
+    """The reply to a statement that has nothing to tell."""
+    return encode({"type": "ok", "queryId": query_id})
+
+
+def arrow_prefix(query_id: QueryId, **more: Any) -> bytes:
+    """What stands before an Arrow body: header length and header, with the fields ``more``.
+
+    The header is padded with spaces to a multiple of 8 bytes with its length, so that a client
+    can read the columns in place.
+    """
+    header = encode({"type": "arrow", "queryId": query_id, **more})
+    header += b" " * (-(4 + len(header)) % 8)
+    return len(header).to_bytes(4, "big") + header
+
+
+def json_prefix(query_id: QueryId) -> bytes:
+    """What stands before the escaped rows of a JSON result."""
+    return encode({"type": "json", "queryId": query_id})[:-1] + b',"data":"'
+
+
+def json_suffix(**more: Any) -> bytes:
+    """What stands after the rows, with the fields ``more``."""
+    return b'"' + (b"," + encode(more)[1:] if more else b"}")

@@ -1,0 +1,98 @@
+"""``arrow``, ``json`` and ``exec``, and their options."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import ujson
+
+from sqlrooms_server.errors import BadRequest
+from sqlrooms_server.messages import Compression, Format, Options, Query, QueryKind
+from sqlrooms_server.protocol.fields import (
+    MAX_TIMEOUT_MS,
+    check_sql,
+    choice,
+    flag,
+    query_id_in,
+    session_name,
+    whole_number,
+)
+
+
+def decode_query(fields: dict[str, Any], max_sql_length: int) -> Query:
+    """The query in ``fields``. Raises ``BadRequest`` or ``TooLarge``."""
+    query_id = query_id_in(fields)
+    kind: QueryKind = fields["type"]
+    sql = fields.get("sql")
+    if not isinstance(sql, str):
+        raise BadRequest(f"{kind} needs a field sql, a string.", query_id)
+    check_sql(sql, query_id, max_sql_length)
+    formats: tuple[Format, ...] = () if kind == "exec" else (kind,)
+    if fields.keys().isdisjoint(_QUERY_OPTIONS):
+        return Query(kind, sql, query_id, formats)
+    try:
+        return _with_options(Query(kind, sql, query_id, formats), fields)
+    except BadRequest as error:
+        raise BadRequest(str(error), query_id) from error
+
+
+_QUERY_OPTIONS = frozenset(
+    (
+        "params",
+        "timeoutMs",
+        "maxRows",
+        "progress",
+        "format",
+        "compression",
+        "stream",
+        "window",
+        "session",
+    )
+)
+_OPTIONS_OF_RESULTS = frozenset(("maxRows", "format", "compression", "stream", "window"))
+
+
+def _with_options(query: Query, fields: dict[str, Any]) -> Query:
+    given = {name for name in _QUERY_OPTIONS if fields.get(name) is not None}
+    if query.kind == "exec" and not given.isdisjoint(_OPTIONS_OF_RESULTS):
+        field = min(given & _OPTIONS_OF_RESULTS)
+        raise BadRequest(f"{field} is for results, and exec has none; use arrow or json.")
+    params = fields.get("params")
+    if params is not None and not isinstance(params, list | dict):
+        raise BadRequest("params must be an array or an object.")
+    timeout = whole_number(fields, "timeoutMs", 1, MAX_TIMEOUT_MS)
+    formats = _formats(fields["format"]) if "format" in given else query.formats
+    compression: Compression | None = choice(fields, "compression", ("lz4", "zstd"), None)
+    stream = flag(fields, "stream")
+    if (compression is not None or stream) and formats:
+        # Only an Arrow stream can be compressed or cut.
+        if "arrow" not in formats:
+            field = "stream" if stream else "compression"
+            raise BadRequest(f"{field} is for the format arrow, which was not asked for.")
+        formats = ("arrow",)
+    window = whole_number(fields, "window", 1, 1 << 53)
+    if window is not None and not stream:
+        raise BadRequest("window is for chunked results; add stream: true.")
+    options = Options(
+        params=params,
+        timeout=None if timeout is None else timeout / 1000,
+        max_rows=whole_number(fields, "maxRows", 0, 1 << 53),
+        progress=flag(fields, "progress"),
+        compression=compression,
+        stream=stream,
+        window=window,
+        session=session_name(fields) if "session" in given else None,
+    )
+    return dataclasses.replace(query, formats=formats, options=options)
+
+
+def _formats(value: object) -> tuple[Format, ...]:
+    """The known ones of ``value``, a name or a list of names."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadRequest('format must be "arrow", "json" or a list of them.')
+    formats: tuple[Format, ...] = tuple(name for name in names if name in ("arrow", "json"))
+    if not formats:
+        raise BadRequest(f"format {ujson.dumps(value)[:80]} is not known; use arrow or json.")
+    return formats
