@@ -46,6 +46,7 @@ class Options:
     stream: bool = False
     window: int | None = None
     session: str | None = None
+    persist: bool = False
     size: int = 0
 
 
@@ -89,6 +90,33 @@ class CloseSession:
 
 
 @dataclass(frozen=True, slots=True)
+class Watch:
+    """``{type: "watch", tables, since?}``. ``tables`` is None for all of them."""
+
+    tables: tuple[TableName, ...] | None
+    since: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Unwatch:
+    """``{type: "unwatch"}``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """``{type: "live", sql, queryId?}`` and the options that make sense for it."""
+
+    sql: str
+    query_id: QueryId
+    options: Options
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """``{type: "cacheStats"}``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Upload:
     """Binary, header ``{type: "uploadArrow", tableName, queryId?, mode?}``, body an Arrow IPC
     stream.
@@ -117,4 +145,17 @@ class UploadChunk:
     last: bool
 
 
-Message = Auth | Hello | Query | Cancel | Ack | CloseSession | Upload | UploadChunk
+Message = (
+    Auth
+    | Hello
+    | Query
+    | Cancel
+    | Ack
+    | CloseSession
+    | Watch
+    | Unwatch
+    | Live
+    | CacheStats
+    | Upload
+    | UploadChunk
+)

@@ -38,7 +38,7 @@ OWNERS = {
     "duckdb": {"db/"},
     "pyarrow": {"db/", "client/", "query_command/"},
     "websockets": {"client/"},
-    "ujson": {"protocol/", "db/json_rows.py", "client/"},
+    "ujson": {"protocol/", "db/json_rows.py", "db/plans.py", "client/"},
     "tomllib": {"settings.py"},
 }
 

@@ -64,12 +64,12 @@ def plan_of(native: duckdb.DuckDBPyConnection, sql: str) -> Plan:
     may run the statement may plan it.
     """
     try:
-        text = native.execute("SELECT json_serialize_plan(?, optimize := false)", [sql]).fetchall()
+        rows = native.execute("SELECT json_serialize_plan(?, optimize := false)", [sql]).fetchall()
+        serialized = ujson.loads(rows[0][0])
     except duckdb.InterruptException:
         raise
-    except duckdb.Error as error:
+    except (duckdb.Error, ValueError) as error:
         raise Unplannable(str(error)) from error
-    serialized = ujson.loads(text[0][0])
     if serialized.get("error"):
         raise Unplannable(str(serialized.get("error_message")))
     plan = Plan()

@@ -18,14 +18,18 @@ from sqlrooms_server.errors import BadRequest, QueryId, TooLarge
 from sqlrooms_server.messages import (
     Ack,
     Auth,
+    CacheStats,
     Cancel,
     CloseSession,
     Hello,
+    Live,
     Message,
     Query,
+    Unwatch,
     Upload,
     UploadChunk,
     UploadMode,
+    Watch,
 )
 from sqlrooms_server.protocol.fields import (
     bad_request,
@@ -38,10 +42,12 @@ from sqlrooms_server.protocol.fields import (
     whole_number,
 )
 from sqlrooms_server.protocol.names import parse_table_name
-from sqlrooms_server.protocol.queries import decode_query
+from sqlrooms_server.protocol.queries import decode_live, decode_query
 
 # A framed header holds a type, an id and a table name.
 MAX_HEADER_LENGTH = 64 << 10
+
+MAX_WATCHED_TABLES = 1000
 
 # A bare Loro update begins with this, which no framed header length can equal.
 _LORO_MAGIC = b"loro"
@@ -147,6 +153,30 @@ def _query(fields: dict[str, Any], limits: Limits) -> Query:
     return decode_query(fields, limits.max_sql_length)
 
 
+def _live(fields: dict[str, Any], limits: Limits) -> Live:
+    return decode_live(fields, limits.max_sql_length)
+
+
+def _watch(fields: dict[str, Any], limits: Limits) -> Watch:
+    tables = fields.get("tables")
+    since = fields.get("since")
+    if since is not None and not isinstance(since, str):
+        raise BadRequest("since must be the version of an earlier message, a string.")
+    if tables == "*":
+        return Watch(None, since)
+    if not isinstance(tables, list) or not 0 < len(tables) <= MAX_WATCHED_TABLES:
+        raise BadRequest(f'tables must be "*" or an array of 1 to {MAX_WATCHED_TABLES} names.')
+    return Watch(tuple(parse_table_name(name, "Each of tables") for name in tables), since)
+
+
+def _unwatch(fields: dict[str, Any], limits: Limits) -> Unwatch:
+    return Unwatch()
+
+
+def _cache_stats(fields: dict[str, Any], limits: Limits) -> CacheStats:
+    return CacheStats()
+
+
 def _cancel(fields: dict[str, Any], limits: Limits) -> Cancel:
     if "queryId" not in fields:
         raise BadRequest("cancel needs a field queryId.")
@@ -176,6 +206,10 @@ TEXT_DECODERS: dict[str, Callable[[dict[str, Any], Limits], Message]] = {
     "cancel": _cancel,
     "ack": _ack,
     "closeSession": _close_session,
+    "watch": _watch,
+    "unwatch": _unwatch,
+    "live": _live,
+    "cacheStats": _cache_stats,
 }
 
 

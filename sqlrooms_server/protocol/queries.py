@@ -1,4 +1,4 @@
-"""``arrow``, ``json`` and ``exec``, and their options."""
+"""``arrow``, ``json``, ``exec`` and ``live``, and their options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import ujson
 
 from sqlrooms_server.errors import BadRequest
-from sqlrooms_server.messages import Compression, Format, Options, Query, QueryKind
+from sqlrooms_server.messages import Compression, Format, Live, Options, Query, QueryKind
 from sqlrooms_server.protocol.fields import (
     MAX_TIMEOUT_MS,
     check_sql,
@@ -22,11 +22,24 @@ from sqlrooms_server.protocol.fields import (
 
 def decode_query(fields: dict[str, Any], max_sql_length: int) -> Query:
     """The query in ``fields``. Raises ``BadRequest`` or ``TooLarge``."""
-    query_id = query_id_in(fields)
     kind: QueryKind = fields["type"]
+    return _query(kind, kind, fields, max_sql_length)
+
+
+def decode_live(fields: dict[str, Any], max_sql_length: int) -> Live:
+    """The live query in ``fields``. Raises ``BadRequest`` or ``TooLarge``."""
+    for name in _OPTIONS_OF_ONE_ANSWER:
+        if fields.get(name) is not None:
+            raise BadRequest(f"{name} is not for live queries.", query_id_in(fields))
+    query = _query("arrow", "live", fields, max_sql_length)
+    return Live(query.sql, query.query_id, query.options)
+
+
+def _query(kind: QueryKind, name: str, fields: dict[str, Any], max_sql_length: int) -> Query:
+    query_id = query_id_in(fields)
     sql = fields.get("sql")
     if not isinstance(sql, str):
-        raise BadRequest(f"{kind} needs a field sql, a string.", query_id)
+        raise BadRequest(f"{name} needs a field sql, a string.", query_id)
     check_sql(sql, query_id, max_sql_length)
     formats: tuple[Format, ...] = () if kind == "exec" else (kind,)
     if fields.keys().isdisjoint(_QUERY_OPTIONS):
@@ -48,9 +61,11 @@ _QUERY_OPTIONS = frozenset(
         "stream",
         "window",
         "session",
+        "persist",
     )
 )
-_OPTIONS_OF_RESULTS = frozenset(("maxRows", "format", "compression", "stream", "window"))
+_OPTIONS_OF_RESULTS = frozenset(("maxRows", "format", "compression", "stream", "window", "persist"))
+_OPTIONS_OF_ONE_ANSWER = ("session", "persist", "progress", "format", "stream", "window")
 
 
 def _with_options(query: Query, fields: dict[str, Any]) -> Query:
@@ -83,6 +98,7 @@ def _with_options(query: Query, fields: dict[str, Any]) -> Query:
         stream=stream,
         window=window,
         session=session_name(fields) if "session" in given else None,
+        persist=flag(fields, "persist"),
     )
     return dataclasses.replace(query, formats=formats, options=options)
 
