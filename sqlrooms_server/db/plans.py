@@ -33,13 +33,13 @@ _GENERATORS = frozenset(
 
 # Marked as consistent, but age(x) reads the clock and current_setting() the settings of others.
 # error() is marked as volatile, but stands in the plan of every scalar subquery.
-_NOT_CONSISTENT = {"age", "current_setting", "getvariable"}
-_CONSISTENT = {"error", "__cast"}
+_NOT_CONSISTENT = frozenset({"age", "current_setting", "getvariable"})
+_CONSISTENT = frozenset({"error", "__cast"})
 
 _CALLS = ("BOUND_FUNCTION", "BOUND_AGGREGATE", "BOUND_WINDOW")
 
 # Functions that change something when they run, which nobody may do again and again unasked.
-_SIDE_EFFECTS = {"nextval", "setval", "setseed", "write_log"}
+_SIDE_EFFECTS = frozenset({"nextval", "setval", "setseed", "write_log"})
 
 
 class Unplannable(Exception):
