@@ -14,10 +14,12 @@ from sqlrooms_server.errors import ServerError, ShuttingDown, StartupError, Unau
 from sqlrooms_server.features import Feature, MessageHandler, Route
 from sqlrooms_server.features.chunked import Acks
 from sqlrooms_server.features.health import Health
+from sqlrooms_server.features.live import LiveQueries
 from sqlrooms_server.features.queries import Queries
 from sqlrooms_server.features.requests import Requests, as_server_error
 from sqlrooms_server.features.sessions import Sessions
 from sqlrooms_server.features.uploads import Uploads
+from sqlrooms_server.features.watches import Watches
 from sqlrooms_server.jobs import Scheduler
 from sqlrooms_server.messages import Auth, Message
 from sqlrooms_server.peer import Peer
@@ -163,6 +165,8 @@ class Server:
             Acks(self._requests),
             Queries(self._engine, self._requests, self._sessions, settings),
             Uploads(self._engine, self._requests, settings),
+            Watches(self._engine, self._timers, post, meta_namespace=settings.meta_namespace),
+            LiveQueries(self._engine, self._scheduler, self._timers, self._requests, settings),
         )
         for feature in self._features:
             self._handlers.update(feature.handlers)

@@ -107,6 +107,17 @@ class Settings:
     )
     max_sessions_per_connection: int = _setting(16, "Sessions of one connection.")
     max_sessions: int = _setting(256, "Sessions of all connections.")
+    max_live_per_connection: int = _setting(64, "Live queries of one connection.")
+    max_live: int = _setting(4096, "Live queries of all connections.")
+    cache_dir: str = _setting(
+        "",
+        "Directory for results that clients ask to keep (persist); without it, one of the user's "
+        "cache directory.",
+    )
+    cache_size: int = _setting(
+        1 << 30, "Bytes of kept results, in memory and on disk together.", unit="size"
+    )
+    no_cache: bool = _setting(False, "Keep no results, whatever clients ask for.")
     memory_limit: str = _setting(
         "", "Memory that DuckDB may use, such as 4GB; without it, four fifths of the machine's."
     )
@@ -144,6 +155,9 @@ class Settings:
             ("session_idle_timeout", 1, 7 * 24 * 3600),
             ("max_sessions_per_connection", 1, 1_000_000),
             ("max_sessions", 1, 1_000_000),
+            ("max_live_per_connection", 1, 1_000_000),
+            ("max_live", 1, 1_000_000),
+            ("cache_size", 0, 1 << 50),
             ("threads", 0, 1024),
             ("workers", 0, 1024),
             # uWebSockets ends the process for anything outside.

@@ -138,16 +138,19 @@ class Versions:
         """When the table last changed; 0 is never."""
         return self._versions.get(key, 0)
 
-    def changed_since(self, clock: int) -> dict[Table, int] | None:
-        """The tables that have changed since ``clock``; None when there may be others."""
+    def known(self, since: int = 0) -> tuple[int, dict[Table, int]]:
+        """The clock now, and the tables known to have changed after ``since``, with versions."""
         with self._lock:
-            if self._unknown > clock:
-                return None
-            return {
+            changed = {
                 self._tables[key]: version
                 for key, version in self._versions.items()
-                if version > clock
+                if version > since
             }
+            return self._clock, changed
+
+    def is_complete(self, since: int) -> bool:
+        """Whether :meth:`known` tells of every table that has changed after ``since``."""
+        return self._unknown <= since
 
     def state(self) -> Any:
         """Everything, as a JSON value, for :meth:`restore` after a restart."""

@@ -36,6 +36,8 @@ FEATURES = (
     "stream",
     "sessions",
     "chunkedUploads",
+    "watch",
+    "live",
 )
 
 # A database that has not answered a query by then is not ready, whatever holds it up.

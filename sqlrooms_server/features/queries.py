@@ -13,6 +13,7 @@ from sqlrooms_server.db.results import BROKEN_ARROW, Chunk, arrow_chunks, json_c
 from sqlrooms_server.errors import ServerError, TooLarge
 from sqlrooms_server.features import MessageHandler, Route
 from sqlrooms_server.features.chunked import ChunkedRequest
+from sqlrooms_server.features.limits import bound_rows, truncation
 from sqlrooms_server.features.requests import Request, Requests
 from sqlrooms_server.features.sessions import Sessions
 from sqlrooms_server.jobs import Pause, Work
@@ -109,7 +110,7 @@ class Queries:
                         yield Pause.TURN
                 request.reply(encode_ok(query.query_id))
                 return
-            limit = self._limit(result, query)
+            limit = bound_rows(result, query.options, self._settings.max_result_rows)
             first = result.first_batch()
             if first is None and result.tells_nothing and not result.truncated:
                 request.reply(encode_ok(query.query_id))
@@ -122,26 +123,7 @@ class Queries:
             # No pause after the last one: a reply that is complete can no longer fail.
             request.put(chunk)
             if isinstance(request, ChunkedRequest):
-                request.summary = {"rows": result.rows, **_truncation(result, limit)}
-
-    def _limit(self, result: Result, query: Query) -> str:
-        """Bound the rows of ``result``; the name of the limit that would truncate it."""
-        cap = self._settings.max_result_rows
-        if query.options.max_rows is not None:
-            is_capped = 0 < cap < query.options.max_rows
-            result.count_rows(cap if is_capped else query.options.max_rows)
-            return "--max-result-rows" if is_capped else "maxRows"
-        if cap:
-            result.count_rows(
-                cap,
-                lambda: TooLarge(
-                    f"The result has more than {cap} rows (--max-result-rows); add a LIMIT, or "
-                    "maxRows to get the first ones."
-                ),
-            )
-        elif query.options.stream:
-            result.count_rows()
-        return ""
+                request.summary = {"rows": result.rows, **truncation(result, limit)}
 
     def _chunks(
         self,
@@ -158,7 +140,7 @@ class Queries:
                 result,
                 first,
                 json_prefix(query_id),
-                lambda: json_suffix(**_truncation(result, limit)),
+                lambda: json_suffix(**truncation(result, limit)),
             )
         request.is_text = False
         if isinstance(request, ChunkedRequest):
@@ -177,7 +159,7 @@ class Queries:
                     )
                 yield Pause.TURN
             stack.pop_all()
-        prefix = arrow_prefix(query_id, **_truncation(result, limit))
+        prefix = arrow_prefix(query_id, **truncation(result, limit))
         return _spooled(prefix, spool)
 
 
@@ -188,8 +170,3 @@ def _spooled(prefix: bytes, spool: IO[bytes]) -> Iterator[Chunk]:
         yield prefix + spool.read(_SPOOL_CHUNK_BYTES)
         while chunk := spool.read(_SPOOL_CHUNK_BYTES):
             yield chunk
-
-
-def _truncation(result: Result, limit: str) -> dict[str, Any]:
-    """What a reply says when rows were left out."""
-    return {"truncated": True, "truncatedBy": limit} if result.truncated else {}

@@ -257,6 +257,20 @@ class Requests:
         ``lane`` is one of the connection unless given: chunked results have their own, where
         those that their client lets wait hold up nothing else.
         """
+        if not self.register(request):
+            return False
+        if lane is None:
+            client = self._clients[request.peer]
+            lane = client.chunked if request.is_chunked else client.lane
+        try:
+            request.job = self._scheduler.submit(lane, work, request.interrupt, request.done)
+        except ServerError as error:
+            request.fail(error)
+            return False
+        return True
+
+    def register(self, request: Request) -> bool:
+        """Take up ``request``; False when it was answered with why not."""
         client = self._clients.get(request.peer)
         if client is None:
             client = self._clients[request.peer] = _Client()
@@ -264,15 +278,8 @@ class Requests:
         if refusal is not None:
             request.refuse(refusal)
             return False
-        if lane is None:
-            lane = client.chunked if request.is_chunked else client.lane
         client.requests[request.query_id] = request
         client.held += request.size
-        try:
-            request.job = self._scheduler.submit(lane, work, request.interrupt, request.done)
-        except ServerError as error:
-            request.fail(error)
-            return False
         return True
 
     def _refusal(self, client: _Client, request: Request) -> ServerError | None:

@@ -1,0 +1,346 @@
+"""``live``: queries that answer again whenever their result has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+
+from sqlrooms_server.db.cursor import Cursor
+from sqlrooms_server.db.engine import Engine
+from sqlrooms_server.db.results import arrow_chunks
+from sqlrooms_server.db.versions import Recorded, Token
+from sqlrooms_server.errors import (
+    BadRequest,
+    Busy,
+    Cancelled,
+    QueryId,
+    ServerError,
+    Timeout,
+    TooLarge,
+)
+from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.features.limits import bound_rows, truncation
+from sqlrooms_server.features.requests import Request, Requests, as_server_error
+from sqlrooms_server.jobs import Job, Lane, Pause, Scheduler, Work
+from sqlrooms_server.messages import Live, Options
+from sqlrooms_server.peer import Peer
+from sqlrooms_server.protocol import arrow_prefix
+from sqlrooms_server.settings import Settings
+from sqlrooms_server.timers import Timer, Timers
+from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Chunk, Pull
+
+# Each subscriber that reads slowly may hold on to an older result.
+_MAX_RESULT_BYTES = 64 << 20
+# Of all results that have not reached all their subscribers.
+_MAX_WAITING_BYTES = 512 << 20
+# A result up to this is kept for subscribers that come later.
+_KEPT_BYTES = 256 << 10
+
+_Key = tuple[str, str, int | None, str | None, float | None]
+
+
+def _key(live: Live) -> _Key:
+    options = live.options
+    params = json.dumps(options.params)
+    return live.sql, params, options.max_rows, options.compression, options.timeout
+
+
+class Subscription(Request):
+    """One client's live query. ``seq`` counts its answers, ``state`` is the last one begun."""
+
+    def __init__(self, requests: Requests, peer: Peer, query_id: QueryId, *, size: int) -> None:
+        super().__init__(requests, peer, query_id, size=size)
+        self.seq = 0
+        self.state = 0
+        self.is_sending = False
+
+    def stop(self, reason: ServerError) -> bool:
+        if self.answered:
+            return False
+        self._requests.post(self.fail, reason)
+        return True
+
+
+class _Query:
+    """One query and its subscribers. Its run, at most one at a time, belongs to a worker.
+
+    ``state`` counts the results that differed. ``body`` is the last one while it is needed.
+    """
+
+    def __init__(self, sql: str, options: Options) -> None:
+        self.sql = sql
+        self.options = options
+        self.subscriptions: set[Subscription] = set()
+        self.state = 0
+        self.body: bytes | None = None
+        self.header: dict[str, object] = {}
+        self.digest = b""
+        self.token: Token | None = None
+        self.job: Job | None = None
+        self.deadline: Timer | None = None
+        self.cursor: Cursor | None = None
+        self.has_ended = False
+
+    def interrupt(self) -> None:
+        if self.cursor is not None:
+            self.cursor.interrupt()
+
+
+class _Result:
+    """What a run found, handed from the worker to the loop thread."""
+
+    def __init__(self) -> None:
+        self.token: Token | None = None
+        self.body = b""
+        self.header: dict[str, object] = {}
+
+
+class LiveQueries:
+    """A feature. Everything but ``_work`` belongs to the loop thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        timers: Timers,
+        requests: Requests,
+        settings: Settings,
+    ) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._timers = timers
+        self._requests = requests
+        self._settings = settings
+        # One lane for all, so that they cannot crowd out the clients' own queries.
+        self._lane = Lane(os.cpu_count() or 1)
+        self._queries: dict[_Key, _Query] = {}
+        self._counts: dict[Peer, int] = {}
+        self._waiting_bytes = 0
+        self._looks = False
+        engine.versions.listen(self._listen)
+
+    @property
+    def handlers(self) -> Mapping[type, MessageHandler]:
+        return {Live: self._subscribe}
+
+    @property
+    def routes(self) -> Mapping[str, Route]:
+        return {}
+
+    def closed(self, peer: Peer) -> None:
+        pass
+
+    def _subscribe(self, peer: Peer, live: Live) -> None:
+        self._engine.versions.in_use = True
+        size = live.options.size or len(live.sql)
+        subscription = Subscription(self._requests, peer, live.query_id, size=size)
+        refusal = self._refusal(peer)
+        if refusal is not None:
+            subscription.refuse(refusal)
+            return
+        if not self._requests.register(subscription):
+            return
+        key = _key(live)
+        query = self._queries.get(key)
+        if query is None:
+            query = self._queries[key] = _Query(live.sql, live.options)
+        query.subscriptions.add(subscription)
+        self._counts[peer] = self._counts.get(peer, 0) + 1
+        subscription.on_answered = lambda: self._leave(key, query, subscription)
+        if query.job is None:
+            if query.body is not None and self._is_current(query):
+                self._deliver(query, subscription)
+            else:
+                self._run(key, query)
+
+    def _refusal(self, peer: Peer) -> ServerError | None:
+        if self._counts.get(peer, 0) >= self._settings.max_live_per_connection:
+            return Busy(
+                f"This connection has {self._counts[peer]} live queries, which is the limit "
+                "(--max-live-per-connection); end one with cancel."
+            )
+        total = sum(self._counts.values())
+        if total >= self._settings.max_live:
+            return Busy(f"The server has {total} live queries, which is the limit (--max-live).")
+        return None
+
+    def _leave(self, key: _Key, query: _Query, subscription: Subscription) -> None:
+        query.subscriptions.discard(subscription)
+        peer = subscription.peer
+        self._counts[peer] -= 1
+        if not self._counts[peer]:
+            del self._counts[peer]
+        if not query.subscriptions:
+            self._forget(key, query)
+            if query.job is not None:
+                query.job.stop(Cancelled("Nobody listens any more."))
+
+    def _forget(self, key: _Key, query: _Query) -> None:
+        query.has_ended = True
+        self._drop_body(query)
+        if self._queries.get(key) is query:
+            del self._queries[key]
+
+    def _listen(self, _: Recorded) -> None:
+        """From any thread, for each change. A look at all queries serves many changes."""
+        if self._queries and not self._looks:
+            self._looks = True
+            self._requests.post(self._look)
+
+    def _look(self) -> None:
+        self._looks = False
+        for key, query in list(self._queries.items()):
+            if query.job is None and not self._is_current(query):
+                self._run(key, query)
+
+    def _is_current(self, query: _Query) -> bool:
+        return query.token is not None and self._engine.versions.holds(query.token)
+
+    def _run(self, key: _Key, query: _Query) -> None:
+        result = _Result()
+
+        def done(error: BaseException | None) -> None:
+            self._requests.post(self._ran, key, query, result, error)
+
+        try:
+            query.job = self._scheduler.submit(
+                self._lane, self._work(query, result), query.interrupt, done, even_if_full=True
+            )
+        except ServerError as error:
+            self._end(key, query, error)
+            return
+        query.deadline = self._limit(query, query.job)
+
+    def _limit(self, query: _Query, job: Job) -> Timer | None:
+        seconds, name = query.options.timeout, "timeoutMs"
+        limit = self._settings.query_timeout
+        if limit and (seconds is None or limit < seconds):
+            seconds, name = limit, "--query-timeout"
+        if seconds is None:
+            return None
+        error = Timeout(f"The query took longer than {seconds:g} s ({name}).")
+
+        def expire() -> None:
+            job.stop(error)
+
+        return self._timers.after(seconds, expire)
+
+    def _work(self, query: _Query, result: _Result) -> Work:
+        engine = self._engine
+        with engine.cursor() as cursor:
+            query.cursor = cursor
+            statements = engine.classifier.classify(cursor.native, query.sql)
+            if not statements.is_one_select:
+                raise BadRequest("A live query must be one SELECT.")
+            reading = engine.readings.of(cursor.native, query.sql)
+            if reading.unwatchable:
+                raise BadRequest(f"This query cannot be live: {reading.unwatchable}.")
+            result.token = engine.versions.token(reading.epoch, reading.tables)
+            found = cursor.run(query.sql, query.options.params)
+            assert found is not None
+            limit = bound_rows(found, query.options, self._settings.max_result_rows)
+            chunks, size = [], 0
+            first = found.first_batch()
+            for chunk in arrow_chunks(found, first, b"", query.options.compression):
+                chunks.append(bytes(chunk))
+                size += len(chunk)
+                if size > _MAX_RESULT_BYTES:
+                    raise TooLarge(
+                        f"The result of a live query has at most {_MAX_RESULT_BYTES} bytes; add a "
+                        "LIMIT, or maxRows."
+                    )
+                yield Pause.TURN
+            result.body = b"".join(chunks)
+            result.header = truncation(found, limit)
+
+    def _ran(self, key: _Key, query: _Query, result: _Result, error: BaseException | None) -> None:
+        query.job = query.cursor = None
+        if query.deadline is not None:
+            query.deadline.cancel()
+        if query.has_ended:
+            return
+        if error is None and self._waiting_bytes + len(result.body) > _MAX_WAITING_BYTES:
+            error = Busy(
+                f"The results of live queries that wait for slow readers hold {_MAX_WAITING_BYTES} "
+                "bytes; try again later."
+            )
+        if error is not None:
+            self._end(key, query, as_server_error(error))
+            return
+        query.token = result.token
+        digest = hashlib.blake2b(result.body + json.dumps(result.header).encode()).digest()
+        if digest != query.digest:
+            query.digest = digest
+            query.state += 1
+        self._drop_body(query)
+        query.body, query.header = result.body, result.header
+        self._waiting_bytes += len(result.body)
+        for subscription in list(query.subscriptions):
+            self._deliver(query, subscription)
+        self._drop_if_delivered(query)
+        if not query.has_ended and not self._is_current(query):
+            self._run(key, query)
+
+    def _end(self, key: _Key, query: _Query, error: ServerError) -> None:
+        subscriptions = list(query.subscriptions)
+        self._forget(key, query)
+        for subscription in subscriptions:
+            subscription.fail(error)
+
+    def _deliver(self, query: _Query, subscription: Subscription) -> None:
+        """Send the latest result, unless ``subscription`` has it or is being sent one."""
+        if subscription.state != query.state and not subscription.is_sending:
+            subscription.is_sending = True
+            sending = _Sending(query, subscription, lambda: self._delivered(query, subscription))
+            subscription.peer.stream(sending, is_text=False)
+
+    def _delivered(self, query: _Query, subscription: Subscription) -> None:
+        subscription.is_sending = False
+        self._deliver(query, subscription)
+        self._drop_if_delivered(query)
+
+    def _drop_if_delivered(self, query: _Query) -> None:
+        is_large = query.body is not None and len(query.body) > _KEPT_BYTES
+        if is_large and all(one.state == query.state for one in query.subscriptions):
+            self._drop_body(query)
+
+    def _drop_body(self, query: _Query) -> None:
+        if query.body is not None:
+            self._waiting_bytes -= len(query.body)
+            query.body = None
+
+
+class _Sending:
+    """The result that is the latest when its turn comes; a :class:`transport.Source`."""
+
+    def __init__(
+        self, query: _Query, subscription: Subscription, on_sent: Callable[[], None]
+    ) -> None:
+        self._query = query
+        self._subscription = subscription
+        self._on_sent = on_sent
+        self._rest: memoryview | None = None
+
+    def pull(self) -> tuple[Chunk, bool] | Pull:
+        if self._rest is None:
+            query, subscription = self._query, self._subscription
+            if subscription.answered or query.body is None:
+                subscription.is_sending = False
+                return Pull.WITHDRAWN
+            subscription.state = query.state
+            head = arrow_prefix(subscription.query_id, seq=subscription.seq, **query.header)
+            subscription.seq += 1
+            self._rest = memoryview(query.body)
+            if len(head) + len(query.body) > FRAGMENT_BYTES:
+                return head, False
+            self._rest = memoryview(head + query.body)
+        fragment, self._rest = self._rest[:FRAGMENT_BYTES], self._rest[FRAGMENT_BYTES:]
+        return fragment, not self._rest
+
+    def sent(self) -> None:
+        self._on_sent()
+
+    def dropped(self) -> None:
+        pass
