@@ -18,6 +18,7 @@ LAYERS = [
     ["protocol"],
     ["timers"],
     ["jobs"],
+    ["cache"],
     ["db"],
     ["transport"],
     ["access"],
@@ -35,6 +36,7 @@ CLIENT = {"client", "query_command"}
 OWNERS = {
     "socketify": {"transport/native.py"},
     "cffi": {"transport/native.py"},
+    "diskcache": {"cache/"},
     "duckdb": {"db/"},
     "pyarrow": {"db/", "client/", "query_command/"},
     "websockets": {"client/"},
