@@ -99,7 +99,7 @@ def test_errors_and_timeouts(server: LocalServer) -> None:
 def test_a_server_that_is_dead_is_noticed_by_the_timeout(
     serve: Callable[..., ServerProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sqlrooms_server.client.flows._GRACE_S", 0.1)
+    monkeypatch.setattr("sqlrooms_server.client.queries.GRACE_S", 0.1)
     server = serve()
 
     async def test(db: AsyncClient) -> None:

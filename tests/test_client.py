@@ -218,7 +218,7 @@ def test_timeout(db: Client) -> None:
 def test_a_server_that_is_dead_is_noticed_by_the_timeout(
     serve: Callable[..., ServerProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sqlrooms_server.client.flows._GRACE_S", 0.1)
+    monkeypatch.setattr("sqlrooms_server.client.queries.GRACE_S", 0.1)
     server = serve()
     with connect(server.url) as db:
         os.kill(server.pid, signal.SIGSTOP)

@@ -1,24 +1,22 @@
-"""The client for asyncio: two tasks send and receive, the callers' tasks run flows."""
+"""The client for asyncio: the callers' tasks run flows."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Generator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 import ujson
-from websockets.asyncio.client import ClientConnection
-from websockets.asyncio.client import connect as connect_websocket
-from websockets.exceptions import ConnectionClosed, WebSocketException
 
-from sqlrooms_server.client import flows
+from sqlrooms_server.client import flows, needs, queries
+from sqlrooms_server.client.aio_wire import Wire, receive
 from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
 from sqlrooms_server.client.link import Link
-from sqlrooms_server.client.opening import CLOSE_TIMEOUT_S, headers, refused, to_pandas
+from sqlrooms_server.client.opening import to_pandas
 from sqlrooms_server.client.results import ResultState
 from sqlrooms_server.client.streams import as_reader
 from sqlrooms_server.client.sync import ProgressOption
@@ -75,7 +73,7 @@ class AsyncClient:
         self._connect_timeout = connect_timeout
         self._requests = flows.Requests()
         self._connecting = asyncio.Lock()
-        self._wire: _Wire | None = None
+        self._wire: Wire | None = None
 
     async def query(
         self,
@@ -170,7 +168,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection; the server cancels what is still under way."""
-        self._requests.is_closed = True
+        self._requests.client.is_closed = True
         async with self._connecting:
             if self._wire is not None:
                 await self._wire.close()
@@ -186,7 +184,7 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _run(self, flow: flows.Flow[T]) -> T:
+    async def _run(self, flow: needs.Flow[T]) -> T:
         try:
             need = next(flow)
             while True:
@@ -199,18 +197,18 @@ class AsyncClient:
         except StopIteration as end:
             return cast(T, end.value)
 
-    async def _get(self, need: flows.Need) -> Any:
+    async def _get(self, need: needs.Need) -> Any:
         match need:
-            case flows.Receive(exchange, deadline):
-                return await _receive(cast("asyncio.Queue[Any]", exchange.inbox), deadline)
-            case flows.Sleep(seconds):
+            case needs.Receive(exchange, deadline):
+                return await receive(cast("asyncio.Queue[Any]", exchange.inbox), deadline)
+            case needs.Sleep(seconds):
                 await asyncio.sleep(seconds)
-            case flows.Connect(deadline):
+            case needs.Connect(deadline):
                 return await self._connected(deadline)
 
     async def _connected(self, deadline: float | None) -> Link:
         async with self._connecting:
-            if self._requests.is_closed:
+            if self._requests.client.is_closed:
                 raise ConnectionLost("The client was closed.")
             if self._wire is None or self._wire.link.lost is not None:
                 if self._wire is not None:
@@ -218,10 +216,10 @@ class AsyncClient:
                 timeout = self._connect_timeout
                 if deadline is not None:
                     timeout = max(0.001, min(timeout, deadline - time.monotonic()))
-                wire = _Wire()
+                wire = Wire()
                 await wire.open(self._url, self._token, timeout)
                 try:
-                    await self._run(flows.greet(wire.link, timeout))
+                    await self._run(needs.greet(wire.link, timeout))
                 except BaseException:
                     await wire.close()
                     raise
@@ -232,7 +230,7 @@ class AsyncClient:
 class AsyncResult(ResultState):
     """The result of a query, whose batches arrive while it is read: ``Result`` for asyncio."""
 
-    def __init__(self, client: AsyncClient, stream: flows.Stream) -> None:
+    def __init__(self, client: AsyncClient, stream: queries.Stream) -> None:
         super().__init__(stream)
         self._client = client
 
@@ -281,7 +279,7 @@ class AsyncResult(ResultState):
 class AsyncSession:
     """Queries that share one cursor of the server: ``Session`` for asyncio."""
 
-    def __init__(self, client: AsyncClient, state: flows.Session) -> None:
+    def __init__(self, client: AsyncClient, state: queries.Session) -> None:
         self._client = client
         self._state = state
 
@@ -333,74 +331,3 @@ class AsyncSession:
         trace: TracebackType | None,
     ) -> None:
         await self.close()
-
-
-class _Wire:
-    """One WebSocket and its two tasks."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._outgoing: asyncio.Queue[str | bytes] = asyncio.Queue()
-        self._stack = AsyncExitStack()
-        self.link = Link(self._post, asyncio.Queue)
-
-    async def open(self, url: str, token: str | None, timeout: float) -> None:
-        try:
-            opening = connect_websocket(
-                url,
-                additional_headers=headers(token),
-                compression=None,
-                max_size=None,
-                open_timeout=timeout,
-                close_timeout=CLOSE_TIMEOUT_S,
-            )
-            socket = await self._stack.enter_async_context(opening)
-        except WebSocketException as error:
-            raise refused(url, error) from error
-        except asyncio.TimeoutError:
-            # Before Python 3.11 this is no OSError.
-            raise ConnectionLost(f"Nothing answers at {url}.") from None
-        self._tasks = [
-            asyncio.create_task(self._receive(socket)),
-            asyncio.create_task(self._send(socket)),
-        ]
-
-    async def close(self) -> None:
-        await self._stack.aclose()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.link.fail("The connection was closed.")
-
-    def _post(self, message: str | bytes) -> None:
-        # A finalizer may run in any thread, and after the loop has ended.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._outgoing.put_nowait, message)
-
-    async def _send(self, socket: ClientConnection) -> None:
-        # The task that receives knows why the connection closed, and tells.
-        with suppress(ConnectionClosed):
-            while True:
-                await socket.send(await self._outgoing.get())
-
-    async def _receive(self, socket: ClientConnection) -> None:
-        reason = "The connection was closed."
-        try:
-            async for message in socket:
-                self.link.receive(message)
-        except ConnectionClosed as closed:
-            reason = f"The connection was lost: {closed}."
-        except (ValueError, LookupError, TypeError) as broken:
-            reason = f"The server sent what is no reply: {broken}"
-        finally:
-            self.link.fail(reason)
-        await socket.close()
-
-
-async def _receive(inbox: asyncio.Queue[Any], deadline: float | None) -> Any:
-    if deadline is None or not inbox.empty():
-        return await inbox.get()
-    try:
-        return await asyncio.wait_for(inbox.get(), deadline - time.monotonic())
-    except asyncio.TimeoutError:
-        return None

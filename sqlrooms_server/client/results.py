@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from sqlrooms_server.client import flows
+from sqlrooms_server.client import queries
 from sqlrooms_server.client.messages import Id, Summary
 
 
 class ResultState:
     """The part of a result that waits for nothing. A result that is dropped is abandoned."""
 
-    def __init__(self, stream: flows.Stream) -> None:
+    def __init__(self, stream: queries.Stream) -> None:
         self._stream = stream
         self._table: pa.Table | None = None
 

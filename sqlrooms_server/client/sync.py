@@ -1,7 +1,4 @@
-"""The client for programs that wait: two threads send and receive, the callers' threads run flows.
-
-Messages are handed to a thread that sends them, so that Ctrl+C never leaves half a frame behind.
-"""
+"""The client for programs that wait: the callers' threads run flows."""
 
 from __future__ import annotations
 
@@ -9,30 +6,25 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 import ujson
-from websockets.exceptions import ConnectionClosed, WebSocketException
-from websockets.sync.client import ClientConnection
-from websockets.sync.client import connect as connect_websocket
 
-from sqlrooms_server.client import flows
+from sqlrooms_server.client import flows, needs, queries
 from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
 from sqlrooms_server.client.link import Link
 from sqlrooms_server.client.messages import Progress
-from sqlrooms_server.client.opening import CLOSE_TIMEOUT_S, headers, refused, to_pandas
+from sqlrooms_server.client.opening import to_pandas
 from sqlrooms_server.client.results import ResultState
 from sqlrooms_server.client.streams import as_reader
+from sqlrooms_server.client.sync_wire import Wire, receive
 from sqlrooms_server.client.values import Parameters
 
 T = TypeVar("T")
 ProgressOption = bool | Callable[[Progress], None] | None
-
-# Windows does not interrupt a wait for Ctrl+C; so that it is looked at, no wait is longer.
-_LONGEST_WAIT_S = 1.0
 
 
 def connect(
@@ -66,7 +58,7 @@ class Client:
         self._connect_timeout = connect_timeout
         self._requests = flows.Requests()
         self._connecting = threading.Lock()
-        self._wire: _Wire | None = None
+        self._wire: Wire | None = None
 
     def query(
         self,
@@ -177,7 +169,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; the server cancels what is still under way."""
-        self._requests.is_closed = True
+        self._requests.client.is_closed = True
         with self._connecting:
             if self._wire is not None:
                 self._wire.close()
@@ -193,7 +185,7 @@ class Client:
     ) -> None:
         self.close()
 
-    def _run(self, flow: flows.Flow[T]) -> T:
+    def _run(self, flow: needs.Flow[T]) -> T:
         try:
             need = next(flow)
             while True:
@@ -206,18 +198,18 @@ class Client:
         except StopIteration as end:
             return cast(T, end.value)
 
-    def _get(self, need: flows.Need) -> Any:
+    def _get(self, need: needs.Need) -> Any:
         match need:
-            case flows.Receive(exchange, deadline):
-                return _receive(cast("queue.SimpleQueue[Any]", exchange.inbox), deadline)
-            case flows.Sleep(seconds):
+            case needs.Receive(exchange, deadline):
+                return receive(cast("queue.SimpleQueue[Any]", exchange.inbox), deadline)
+            case needs.Sleep(seconds):
                 time.sleep(seconds)
-            case flows.Connect(deadline):
+            case needs.Connect(deadline):
                 return self._connected(deadline)
 
     def _connected(self, deadline: float | None) -> Link:
         with self._connecting:
-            if self._requests.is_closed:
+            if self._requests.client.is_closed:
                 raise ConnectionLost("The client was closed.")
             if self._wire is None or self._wire.link.lost is not None:
                 if self._wire is not None:
@@ -225,9 +217,9 @@ class Client:
                 timeout = self._connect_timeout
                 if deadline is not None:
                     timeout = max(0.001, min(timeout, deadline - time.monotonic()))
-                wire = _Wire(self._url, self._token, timeout)
+                wire = Wire(self._url, self._token, timeout)
                 try:
-                    self._run(flows.greet(wire.link, timeout))
+                    self._run(needs.greet(wire.link, timeout))
                 except BaseException:
                     wire.close()
                     raise
@@ -245,7 +237,7 @@ class Result(ResultState):
     Reading raises what ``Client`` says, also after the first batches.
     """
 
-    def __init__(self, client: Client, stream: flows.Stream) -> None:
+    def __init__(self, client: Client, stream: queries.Stream) -> None:
         super().__init__(stream)
         self._client = client
 
@@ -298,7 +290,7 @@ class Session:
     statement is sent, is read into memory first. For one thread at a time.
     """
 
-    def __init__(self, client: Client, state: flows.Session) -> None:
+    def __init__(self, client: Client, state: queries.Session) -> None:
         self._client = client
         self._state = state
 
@@ -348,69 +340,3 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-class _Wire:
-    """One WebSocket and its two threads."""
-
-    def __init__(self, url: str, token: str | None, timeout: float) -> None:
-        # Its put may be called by a finalizer, in the middle of another put.
-        self._outgoing: queue.SimpleQueue[str | bytes | None] = queue.SimpleQueue()
-        self.link = Link(self._outgoing.put, queue.SimpleQueue)
-        with ExitStack() as stack:
-            try:
-                opening = connect_websocket(
-                    url,
-                    additional_headers=headers(token),
-                    compression=None,
-                    max_size=None,
-                    open_timeout=timeout,
-                    close_timeout=CLOSE_TIMEOUT_S,
-                )
-                self._socket: ClientConnection = stack.enter_context(opening)
-            except WebSocketException as error:
-                raise refused(url, error) from error
-            self._stack = stack.pop_all()
-        self._threads = [
-            threading.Thread(target=target, name="sqlrooms-client", daemon=True)
-            for target in (self._send, self._receive)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def close(self) -> None:
-        self._stack.close()
-        for thread in self._threads:
-            thread.join()
-
-    def _send(self) -> None:
-        # The thread that receives knows why the connection closed, and tells.
-        with suppress(ConnectionClosed):
-            while (message := self._outgoing.get()) is not None:
-                self._socket.send(message)
-
-    def _receive(self) -> None:
-        reason = "The connection was closed."
-        try:
-            for message in self._socket:
-                self.link.receive(message)
-        except ConnectionClosed as closed:
-            reason = f"The connection was lost: {closed}."
-        except (ValueError, LookupError, TypeError) as broken:
-            reason = f"The server sent what is no reply: {broken}"
-        finally:
-            self.link.fail(reason)
-            self._outgoing.put(None)
-            self._socket.close()
-
-
-def _receive(inbox: queue.SimpleQueue[Any], deadline: float | None) -> Any:
-    while True:
-        wait = _LONGEST_WAIT_S
-        if deadline is not None:
-            wait = min(wait, deadline - time.monotonic())
-        try:
-            return inbox.get(timeout=max(0, wait))
-        except queue.Empty:
-            if deadline is not None and time.monotonic() >= deadline:
-                return None
