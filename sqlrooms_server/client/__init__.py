@@ -11,19 +11,22 @@ from sqlrooms_server.client.aio import (
     connect_async,
 )
 from sqlrooms_server.client.errors import ConnectionLost, QueryTimeout, RequestFailed, SessionEnded
-from sqlrooms_server.client.messages import Progress, Summary
+from sqlrooms_server.client.messages import CacheStats, Progress, Summary
+from sqlrooms_server.client.results import RowList
 from sqlrooms_server.client.sync import Client, Result, Session, connect
 
 __all__ = [
     "AsyncClient",
     "AsyncResult",
     "AsyncSession",
+    "CacheStats",
     "Client",
     "ConnectionLost",
     "Progress",
     "QueryTimeout",
     "RequestFailed",
     "Result",
+    "RowList",
     "Session",
     "SessionEnded",
     "Summary",

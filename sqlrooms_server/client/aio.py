@@ -10,14 +10,14 @@ from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
-import ujson
 
 from sqlrooms_server.client import flows, needs, queries
 from sqlrooms_server.client.aio_wire import Wire, receive
 from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
 from sqlrooms_server.client.link import Link
+from sqlrooms_server.client.messages import CacheStats
 from sqlrooms_server.client.opening import to_pandas
-from sqlrooms_server.client.results import ResultState
+from sqlrooms_server.client.results import ResultState, RowList
 from sqlrooms_server.client.streams import as_reader
 from sqlrooms_server.client.sync import ProgressOption
 from sqlrooms_server.client.values import Parameters
@@ -86,6 +86,7 @@ class AsyncClient:
         compression: str | None = None,
         progress: ProgressOption = None,
         query_id: str | None = None,
+        persist: bool = False,
     ) -> AsyncResult:
         """Run ``sql`` and return its last result as soon as its columns are known."""
         request = self._requests.request(
@@ -93,6 +94,7 @@ class AsyncClient:
             sql,
             params,
             query_id=query_id,
+            persist=persist,
             timeout=timeout,
             progress=progress,
             max_rows=max_rows,
@@ -111,20 +113,21 @@ class AsyncClient:
         session: AsyncSession | None = None,
         progress: ProgressOption = None,
         query_id: str | None = None,
-    ) -> list[dict[str, Any]]:
+        persist: bool = False,
+    ) -> RowList:
         """The last result of ``sql`` as one dictionary for each row, by way of JSON."""
         request = self._requests.request(
             "json",
             sql,
             params,
             query_id=query_id,
+            persist=persist,
             timeout=timeout,
             progress=progress,
             max_rows=max_rows,
             session=None if session is None else session._state,
         )
-        data = await self._run(self._requests.rows(request))
-        return cast(list[dict[str, Any]], ujson.loads(data))
+        return RowList(await self._run(self._requests.rows(request)))
 
     async def execute(
         self,
@@ -154,6 +157,10 @@ class AsyncClient:
         A reader is read in the thread of the event loop.
         """
         return await self._run(self._requests.upload(table_name, as_reader(data), mode))
+
+    async def cache_stats(self) -> CacheStats:
+        """What the result cache of the server did, and what it holds."""
+        return await self._run(self._requests.cache_stats())
 
     async def cancel(self, query: AsyncResult | str) -> bool:
         """Cancel a query by its result or ``query_id``; False when it is not under way."""
@@ -294,9 +301,7 @@ class AsyncSession:
         """Like ``AsyncClient.query``, in this session."""
         return await self._client.query(sql, params, session=self, **options)
 
-    async def rows(
-        self, sql: str, params: Parameters | None = None, **options: Any
-    ) -> list[dict[str, Any]]:
+    async def rows(self, sql: str, params: Parameters | None = None, **options: Any) -> RowList:
         """Like ``AsyncClient.rows``, in this session."""
         return await self._client.rows(sql, params, session=self, **options)
 

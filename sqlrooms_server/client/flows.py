@@ -12,6 +12,8 @@ from sqlrooms_server.client.bar import reporter
 from sqlrooms_server.client.errors import ConnectionLost
 from sqlrooms_server.client.link import Link, cancelling
 from sqlrooms_server.client.messages import (
+    CACHE_STATS,
+    CacheStats,
     CancelAck,
     Consumed,
     Done,
@@ -23,7 +25,7 @@ from sqlrooms_server.client.messages import (
     encode,
     framed,
 )
-from sqlrooms_server.client.needs import ClientState, Flow, answer, connected
+from sqlrooms_server.client.needs import ClientState, Flow, Retries, answer, connected
 from sqlrooms_server.client.queries import Attempts, Request, Session, Stream
 from sqlrooms_server.client.streams import upload_chunks
 from sqlrooms_server.client.values import Parameters, encode_parameters
@@ -48,6 +50,7 @@ class Requests:
         max_rows: int | None = None,
         compression: str | None = None,
         session: Session | None = None,
+        persist: bool = False,
     ) -> Request:
         """A query, checked. Raises ``TypeError`` for a parameter that has no SQL type."""
         return Request(
@@ -59,6 +62,7 @@ class Requests:
             max_rows=max_rows,
             compression=compression,
             session=session,
+            persist=persist,
             reporter=reporter(progress),
         )
 
@@ -71,10 +75,10 @@ class Requests:
         yield from stream.begin()
         return stream
 
-    def rows(self, request: Request) -> Flow[str]:
-        """The rows of a query as JSON text."""
+    def rows(self, request: Request) -> Flow[Rows]:
+        """The rows of a query."""
         reply = yield from self._reply(request)
-        return reply.data if isinstance(reply, Rows) else "[]"
+        return reply if isinstance(reply, Rows) else Rows("[]")
 
     def execute(self, request: Request) -> Flow[None]:
         """Run statements."""
@@ -139,6 +143,21 @@ class Requests:
         finally:
             link.abandon(exchange)
         return isinstance(reply, SessionClosed) and reply.closed
+
+    def cache_stats(self) -> Flow[CacheStats]:
+        """What the result cache does."""
+        retries = Retries(self.client, None)
+        while True:
+            try:
+                link = yield from connected()
+                query_id = next(self._ids)
+                exchange = link.open((CACHE_STATS, query_id))
+                link.send(encode(type=CACHE_STATS, queryId=query_id))
+                reply = yield from answer(exchange)
+                assert isinstance(reply, CacheStats)
+                return reply
+            except ConnectionLost as error:
+                yield from retries.pause(error)
 
     def _reply(self, request: Request) -> Flow[Reply]:
         try:

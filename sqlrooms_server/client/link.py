@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sqlrooms_server.client.messages import (
+    CACHE_STATS,
     CancelAck,
     Chunk,
     Consumed,
@@ -19,6 +20,9 @@ from sqlrooms_server.client.messages import (
     decode,
     encode,
 )
+
+# Their replies have no id, so that each is for the first that waits.
+_WITHOUT_ID = (CACHE_STATS,)
 
 
 class Inbox(Protocol):
@@ -70,6 +74,9 @@ class Link:
         kind, query_id = exchange.key
         if self._exchanges.get(exchange.key) is not exchange:
             return
+        if kind in _WITHOUT_ID:
+            # It keeps its place in the line.
+            return
         if kind == "query" and self.lost is None:
             self._exchanges[exchange.key] = None
             self.send(cancelling(query_id))
@@ -85,6 +92,7 @@ class Link:
         if key is None:
             self._refuse(reply)
             return
+        key = self._addressee(key, reply)
         exchange = self._exchanges.get(key)
         is_final = not isinstance(reply, Progress | Consumed)
         if isinstance(reply, Chunk):
@@ -100,6 +108,15 @@ class Link:
             # Nobody looks; progress must not pile up beside a result that waits.
             return
         exchange.inbox.put_nowait(reply)
+
+    def _addressee(self, key: Key, reply: Reply) -> Key:
+        kind, query_id = key
+        if kind in _WITHOUT_ID:
+            return next((waits for waits in list(self._exchanges) if waits[0] == kind), key)
+        if isinstance(reply, Failed) and key not in self._exchanges:
+            others = [(kind, query_id) for kind in _WITHOUT_ID]
+            return next((other for other in others if other in self._exchanges), key)
+        return key
 
     def _free(self, key: Key) -> None:
         if self._exchanges.get(key, ...) is None:

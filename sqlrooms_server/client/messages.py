@@ -13,6 +13,8 @@ Id = int | str
 Key = tuple[str, Id]
 
 HELLO: Key = ("hello", "")
+# The kind of a request whose reply has no id.
+CACHE_STATS = "cacheStats"
 
 # How results of the server begin.
 _JSON_RESULT = '{"type":"json",'
@@ -52,12 +54,14 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an Arrow IPC stream. ``summary`` comes with the last."""
+    """A piece of an Arrow IPC stream. ``summary`` and what follows come with the last."""
 
     seq: int
     body: memoryview
     is_last: bool
     summary: Summary | None
+    truncated: bool = False
+    cached: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ class Rows:
     """A JSON array of row objects, as text."""
 
     data: str
+    cached: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,25 @@ class SessionClosed:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheStats:
+    """What the result cache of the server did since it began, and what it holds.
+
+    Of the requests with ``persist``, ``hits`` were served from it, ``joined`` from a run that
+    another had begun, ``misses`` ran, and ``uncacheable`` could not be remembered. Without a cache
+    ``enabled`` is False.
+    """
+
+    enabled: bool
+    hits: int
+    misses: int
+    joined: int
+    uncacheable: int
+    entries: int
+    memory_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Welcome:
     """What the server offers. ``upload_window`` is in bytes."""
 
@@ -119,7 +143,17 @@ class Lost:
 
 
 Reply = (
-    Chunk | Rows | Done | Progress | Consumed | CancelAck | SessionClosed | Welcome | Failed | Lost
+    Chunk
+    | Rows
+    | Done
+    | Progress
+    | Consumed
+    | CancelAck
+    | SessionClosed
+    | CacheStats
+    | Welcome
+    | Failed
+    | Lost
 )
 
 
@@ -170,7 +204,14 @@ def _arrow(fields: dict[str, Any], body: memoryview) -> tuple[Key, Reply]:
     # Without seq it is a whole result, from a server that sends no chunks.
     is_last = fields.get("last", True)
     summary = _summary(fields) if is_last and "rows" in fields else None
-    return _query(fields), Chunk(fields.get("seq", 0), body, is_last, summary)
+    return _query(fields), Chunk(
+        seq=fields.get("seq", 0),
+        body=body,
+        is_last=is_last,
+        summary=summary,
+        truncated=fields.get("truncated", False),
+        cached=fields.get("cached", False),
+    )
 
 
 def _summary(fields: dict[str, Any]) -> Summary:
@@ -196,6 +237,19 @@ def _progress(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
     )
 
 
+def _cache_stats(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
+    return (CACHE_STATS, ""), CacheStats(
+        enabled=fields.get("enabled", True),
+        hits=fields["hits"],
+        misses=fields["misses"],
+        joined=fields["joined"],
+        uncacheable=fields["uncacheable"],
+        entries=fields["entries"],
+        memory_bytes=fields["memoryBytes"],
+        disk_bytes=fields["diskBytes"],
+    )
+
+
 def _error(fields: dict[str, Any], _: memoryview) -> tuple[Key | None, Reply]:
     key = _query(fields) if "queryId" in fields else None
     return key, Failed(fields["error"], fields["code"])
@@ -203,11 +257,12 @@ def _error(fields: dict[str, Any], _: memoryview) -> tuple[Key | None, Reply]:
 
 _DECODERS: dict[str, Callable[[dict[str, Any], memoryview], tuple[Key | None, Reply]]] = {
     "arrow": _arrow,
-    "json": lambda fields, _: (_query(fields), Rows(fields["data"])),
+    "json": lambda fields, _: (_query(fields), Rows(fields["data"], fields.get("cached", False))),
     "ok": lambda fields, _: (_query(fields), Done(0)),
     "uploadAck": lambda fields, _: (_query(fields), Done(fields.get("rows", 0))),
     "uploadProgress": lambda fields, _: (_query(fields), Consumed(fields["bytes"])),
     "progress": _progress,
+    "cacheStats": _cache_stats,
     "cancelAck": lambda fields, _: (
         ("cancel", fields["queryId"]),
         CancelAck(fields["cancelled"]),

@@ -58,6 +58,7 @@ class Request:
     max_rows: int | None = None
     compression: str | None = None
     session: Session | None = None
+    persist: bool = False
     reporter: Reporter = field(default_factory=Reporter)
 
     @property
@@ -77,6 +78,7 @@ class Request:
             compression=self.compression,
             session=None if self.session is None else self.session.name,
             progress=self.reporter.is_wanted or None,
+            persist=self.persist or None,
             stream=streams,
             window=streams and WINDOW,
         )
@@ -150,6 +152,7 @@ class Stream:
         self.request = attempts.request
         self.summary: Summary | None = None
         self.schema: pa.Schema | None = None
+        self.truncated = self.cached = False
         self.has_delivered = False
         self._attempts = attempts
         self._exchange: Exchange | None = None
@@ -280,6 +283,7 @@ class Stream:
             self._consumed += len(reply.body)
             self._decoder.feed(reply.body)
             self.summary = reply.summary
+            self.truncated, self.cached = reply.truncated, reply.cached
             self._is_complete = reply.is_last
         else:
             self._is_complete = True

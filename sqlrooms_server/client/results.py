@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyarrow as pa
+import ujson
 
 from sqlrooms_server.client import queries
-from sqlrooms_server.client.messages import Id, Summary
+from sqlrooms_server.client.messages import Id, Rows, Summary
 
 
 class ResultState:
@@ -33,7 +36,20 @@ class ResultState:
     @property
     def truncated(self) -> bool:
         """True when there were more rows than a limit lets through. Known after the last batch."""
-        return self.summary is not None and self.summary.truncated
+        return self._stream.truncated
+
+    @property
+    def cached(self) -> bool:
+        """True when the server had the result already. Known after the last batch."""
+        return self._stream.cached
 
     def __del__(self) -> None:
         self._stream.abandon()
+
+
+class RowList(list[dict[str, Any]]):
+    """Rows as dictionaries. ``cached`` is True when the server had the result already."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__(ujson.loads(rows.data))
+        self.cached = rows.cached

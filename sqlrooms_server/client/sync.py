@@ -11,14 +11,13 @@ from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
-import ujson
 
 from sqlrooms_server.client import flows, needs, queries
 from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
 from sqlrooms_server.client.link import Link
-from sqlrooms_server.client.messages import Progress
+from sqlrooms_server.client.messages import CacheStats, Progress
 from sqlrooms_server.client.opening import to_pandas
-from sqlrooms_server.client.results import ResultState
+from sqlrooms_server.client.results import ResultState, RowList
 from sqlrooms_server.client.streams import as_reader
 from sqlrooms_server.client.sync_wire import Wire, receive
 from sqlrooms_server.client.values import Parameters
@@ -71,6 +70,7 @@ class Client:
         compression: str | None = None,
         progress: ProgressOption = None,
         query_id: str | None = None,
+        persist: bool = False,
     ) -> Result:
         """Run ``sql`` and return its last result as soon as its columns are known.
 
@@ -79,13 +79,15 @@ class Client:
         ``QueryTimeout``. With ``max_rows`` the result has at most so many, and says so in
         ``truncated``. ``compression`` is ``"lz4"`` or ``"zstd"``, for slow networks. ``progress``
         is called with ``Progress`` about five times a second; True shows a bar in a terminal or
-        notebook. ``query_id`` is a name under which another thread can ``cancel``.
+        notebook. ``query_id`` is a name under which another thread can ``cancel``. With ``persist``
+        the server may take the result from its cache, and leaves it there; ``cached`` says so.
         """
         request = self._requests.request(
             "arrow",
             sql,
             params,
             query_id=query_id,
+            persist=persist,
             timeout=timeout,
             progress=progress,
             max_rows=max_rows,
@@ -104,19 +106,21 @@ class Client:
         session: Session | None = None,
         progress: ProgressOption = None,
         query_id: str | None = None,
-    ) -> list[dict[str, Any]]:
+        persist: bool = False,
+    ) -> RowList:
         """The last result of ``sql`` as one dictionary for each row, by way of JSON."""
         request = self._requests.request(
             "json",
             sql,
             params,
             query_id=query_id,
+            persist=persist,
             timeout=timeout,
             progress=progress,
             max_rows=max_rows,
             session=None if session is None else session._state,
         )
-        return cast(list[dict[str, Any]], ujson.loads(self._run(self._requests.rows(request))))
+        return RowList(self._run(self._requests.rows(request)))
 
     def execute(
         self,
@@ -149,6 +153,10 @@ class Client:
         exists, or ``"append"``, which matches columns by name. Raises ``TypeError`` for other data.
         """
         return self._run(self._requests.upload(table_name, as_reader(data), mode))
+
+    def cache_stats(self) -> CacheStats:
+        """What the result cache of the server did, and what it holds."""
+        return self._run(self._requests.cache_stats())
 
     def cancel(self, query: Result | str) -> bool:
         """Cancel a query by its result or ``query_id``; False when it is not under way.
@@ -303,9 +311,7 @@ class Session:
         """Like ``Client.query``, in this session."""
         return self._client.query(sql, params, session=self, **options)
 
-    def rows(
-        self, sql: str, params: Parameters | None = None, **options: Any
-    ) -> list[dict[str, Any]]:
+    def rows(self, sql: str, params: Parameters | None = None, **options: Any) -> RowList:
         """Like ``Client.rows``, in this session."""
         return self._client.rows(sql, params, session=self, **options)
 
