@@ -10,18 +10,24 @@ from sqlrooms_server.client.aio import (
     AsyncSession,
     connect_async,
 )
+from sqlrooms_server.client.aio_feeds import AsyncLive, AsyncWatch
 from sqlrooms_server.client.errors import ConnectionLost, QueryTimeout, RequestFailed, SessionEnded
-from sqlrooms_server.client.messages import CacheStats, Progress, Summary
+from sqlrooms_server.client.messages import CacheStats, Change, Progress, Summary
 from sqlrooms_server.client.results import RowList
 from sqlrooms_server.client.sync import Client, Result, Session, connect
+from sqlrooms_server.client.sync_feeds import Live, Watch
 
 __all__ = [
     "AsyncClient",
+    "AsyncLive",
     "AsyncResult",
     "AsyncSession",
+    "AsyncWatch",
     "CacheStats",
+    "Change",
     "Client",
     "ConnectionLost",
+    "Live",
     "Progress",
     "QueryTimeout",
     "RequestFailed",
@@ -30,6 +36,7 @@ __all__ = [
     "Session",
     "SessionEnded",
     "Summary",
+    "Watch",
     "connect",
     "connect_async",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import pyarrow as pa
 
 from sqlrooms_server.client import flows, needs, queries
+from sqlrooms_server.client.aio_feeds import AsyncLive, AsyncWatch
 from sqlrooms_server.client.aio_wire import Wire, receive
 from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
 from sqlrooms_server.client.link import Link
@@ -151,6 +152,32 @@ class AsyncClient:
         )
         await self._run(self._requests.execute(request))
 
+    def watch(self, tables: str | Sequence[str] = "*", since: str | None = None) -> AsyncWatch:
+        """Watch ``tables``: ``async with db.watch() as watch``, or ``await`` it."""
+        return AsyncWatch(self, self._requests.watch(tables, since))
+
+    def live(
+        self,
+        sql: str,
+        params: Parameters | None = None,
+        *,
+        max_rows: int | None = None,
+        compression: str | None = None,
+        timeout: float | None = None,
+    ) -> AsyncLive:
+        """The result of ``sql``, now and again: ``async with db.live(sql)``, or ``await`` it."""
+        request = self._requests.request(
+            "live",
+            sql,
+            params,
+            query_id=None,
+            timeout=timeout,
+            progress=None,
+            max_rows=max_rows,
+            compression=compression,
+        )
+        return AsyncLive(self, self._requests.live(request))
+
     async def upload(self, table_name: str, data: Any, mode: str = "replace") -> int:
         """Send ``data`` into ``table_name``, whole or not at all, and return the number of rows.
 
@@ -190,6 +217,9 @@ class AsyncClient:
         trace: TracebackType | None,
     ) -> None:
         await self.close()
+
+    def _result(self, stream: queries.Stream) -> AsyncResult:
+        return AsyncResult(self, stream)
 
     async def _run(self, flow: needs.Flow[T]) -> T:
         try:

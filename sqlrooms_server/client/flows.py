@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from sqlrooms_server.client.bar import reporter
 from sqlrooms_server.client.errors import ConnectionLost
+from sqlrooms_server.client.feeds import Live, Watch
 from sqlrooms_server.client.link import Link, cancelling
 from sqlrooms_server.client.messages import (
     CACHE_STATS,
@@ -37,6 +38,7 @@ class Requests:
     def __init__(self) -> None:
         self.client = ClientState()
         self._ids = itertools.count(1)
+        self._watch: Watch | None = None
 
     def request(
         self,
@@ -74,6 +76,20 @@ class Requests:
         stream = Stream(Attempts(self.client, request))
         yield from stream.begin()
         return stream
+
+    def watch(self, tables: str | Sequence[str], since: str | None) -> Watch:
+        """A watch that has not begun. Raises ``RuntimeError`` while another one is open."""
+        if self._watch is not None and not self._watch.is_closed:
+            raise RuntimeError("This client watches tables already; close that watch first.")
+        self._watch = Watch(self.client, self._new_id, tables, since)
+        return self._watch
+
+    def live(self, request: Request) -> Live:
+        """A live query that has not begun."""
+        return Live(self.client, self._new_id, request)
+
+    def _new_id(self) -> int:
+        return next(self._ids)
 
     def rows(self, request: Request) -> Flow[Rows]:
         """The rows of a query."""

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sqlrooms_server.client.messages import (
     CACHE_STATS,
+    CHANGES,
+    WATCH,
     CancelAck,
+    Change,
     Chunk,
     Consumed,
+    Done,
     Failed,
     Id,
     Key,
     Lost,
     Progress,
     Reply,
+    Watching,
     decode,
     encode,
 )
 
 # Their replies have no id, so that each is for the first that waits.
-_WITHOUT_ID = (CACHE_STATS,)
+_WITHOUT_ID = (CACHE_STATS, WATCH)
 
 
 class Inbox(Protocol):
@@ -33,12 +40,31 @@ class Inbox(Protocol):
     def empty(self) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Exchange:
-    """A request that waits for its replies."""
+    """A request that waits for its replies.
+
+    Those to a feed, a watch or a live query, go on until it is abandoned or fails. Unread ones are
+    merged, so that at most one and the end wait for a consumer that is slow.
+    """
 
     key: Key
     inbox: Inbox
+    is_feed: bool = False
+    is_answered: bool = False
+
+    def deliver(self, reply: Reply) -> None:
+        """Put ``reply`` into the inbox. Only one thread does that."""
+        unread: list[Reply] = []
+        if self.is_feed:
+            self.is_answered = True
+            with suppress(queue.Empty):
+                while not self.inbox.empty():
+                    unread.append(self.inbox.get_nowait())
+        # What is not taken out here has gone to the consumer.
+        last = merged(unread[-1], reply) if unread else None
+        for item in [*unread, reply] if last is None else [*unread[:-1], last]:
+            self.inbox.put_nowait(item)
 
 
 class Link:
@@ -58,11 +84,11 @@ class Link:
         self._exchanges: dict[Key, Exchange | None] = {}
         self._refusal: Failed | None = None
 
-    def open(self, key: Key) -> Exchange:
+    def open(self, key: Key, is_feed: bool = False) -> Exchange:
         """Begin to wait for replies to ``key``. Raises ``ValueError`` when it is in use."""
         if key in self._exchanges:
             raise ValueError(f"The {key[0]} id {key[1]!r} is in use.")
-        exchange = Exchange(key, self._new_inbox())
+        exchange = Exchange(key, self._new_inbox(), is_feed)
         self._exchanges[key] = exchange
         if self.lost is not None:
             self._exchanges.pop(key, None)
@@ -72,10 +98,14 @@ class Link:
     def abandon(self, exchange: Exchange) -> None:
         """Wait no longer, and cancel the request on the server if it still runs there."""
         kind, query_id = exchange.key
-        if self._exchanges.get(exchange.key) is not exchange:
-            return
+        if kind == WATCH and self.lost is None:
+            self.send(encode(type="unwatch"))
+        if self._exchanges.get(CHANGES) is exchange:
+            self._exchanges.pop(CHANGES, None)
         if kind in _WITHOUT_ID:
-            # It keeps its place in the line.
+            # Without its reply it keeps its place in the line.
+            return
+        if self._exchanges.get(exchange.key) is not exchange:
             return
         if kind == "query" and self.lost is None:
             self._exchanges[exchange.key] = None
@@ -97,8 +127,12 @@ class Link:
         is_final = not isinstance(reply, Progress | Consumed)
         if isinstance(reply, Chunk):
             is_final = reply.is_last
+        if exchange is not None and exchange.is_feed:
+            is_final = isinstance(reply, Failed | Done | Watching)
         if is_final:
             self._exchanges.pop(key, None)
+        if isinstance(reply, Watching) and exchange is not None:
+            self._exchanges[CHANGES] = exchange
         if isinstance(reply, CancelAck) and not reply.cancelled:
             # The last reply was there before the cancel.
             self._free(("query", key[1]))
@@ -107,7 +141,7 @@ class Link:
         if isinstance(reply, Progress) and not exchange.inbox.empty():
             # Nobody looks; progress must not pile up beside a result that waits.
             return
-        exchange.inbox.put_nowait(reply)
+        exchange.deliver(reply)
 
     def _addressee(self, key: Key, reply: Reply) -> Key:
         kind, query_id = key
@@ -127,8 +161,11 @@ class Link:
         assert isinstance(reply, Failed)
         self._refusal = reply if reply.code == "unauthorized" else None
         for exchange in list(self._exchanges.values()):
-            if exchange is not None:
+            # A feed that was answered before is not what the server means.
+            if exchange is not None and not exchange.is_answered:
                 self.abandon(exchange)
+                if exchange.key[0] in _WITHOUT_ID:
+                    self._exchanges.pop(exchange.key, None)
                 exchange.inbox.put_nowait(reply)
 
     def fail(self, text: str) -> None:
@@ -140,6 +177,18 @@ class Link:
             _, exchange = self._exchanges.popitem()
             if exchange is not None:
                 exchange.inbox.put_nowait(self.lost)
+
+
+def merged(unread: Reply, reply: Reply) -> Reply | None:
+    """One reply that tells what two of a feed do; None when only both can."""
+    match unread, reply:
+        case Chunk(), Chunk():
+            return reply
+        case Change(), Change():
+            op = reply.op if reply.op == unread.op else "change"
+            tables = {**unread.tables, **reply.tables}
+            return Change(tables, op, reply.version, unread.resync or reply.resync)
+    return None
 
 
 def cancelling(query_id: Id) -> str:

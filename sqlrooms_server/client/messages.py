@@ -13,8 +13,9 @@ Id = int | str
 Key = tuple[str, Id]
 
 HELLO: Key = ("hello", "")
-# The kind of a request whose reply has no id.
-CACHE_STATS = "cacheStats"
+# Kinds of requests whose replies have no id, and what belongs to the latest watch.
+CACHE_STATS, WATCH = "cacheStats", "watch"
+CHANGES: Key = ("changes", "")
 
 # How results of the server begin.
 _JSON_RESULT = '{"type":"json",'
@@ -120,6 +121,30 @@ class CacheStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Watching:
+    """The watch begins: when each table changed last, and now. ``resync`` as in ``Change``."""
+
+    versions: dict[str, int]
+    version: str
+    resync: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Tables that changed: ``tables`` tells the version of each, larger is later.
+
+    ``op`` is ``"insert"``, ``"update"``, ``"delete"``, ``"merge"``, ``"copy"``, ``"upload"``,
+    ``"create"``, ``"drop"`` or ``"alter"``, and ``"change"`` for several together or another one.
+    With ``resync`` anything may have changed besides. ``version`` is where a later watch can go on.
+    """
+
+    tables: dict[str, int]
+    op: str
+    version: str
+    resync: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Welcome:
     """What the server offers. ``upload_window`` is in bytes."""
 
@@ -151,6 +176,8 @@ Reply = (
     | CancelAck
     | SessionClosed
     | CacheStats
+    | Watching
+    | Change
     | Welcome
     | Failed
     | Lost
@@ -250,6 +277,20 @@ def _cache_stats(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
     )
 
 
+def _watching(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
+    reply = Watching(fields["versions"], fields["version"], fields.get("resync", False))
+    return (WATCH, ""), reply
+
+
+def _changed(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
+    return CHANGES, Change(
+        tables=fields["tables"],
+        op=fields["op"],
+        version=fields["version"],
+        resync=fields.get("resync", False),
+    )
+
+
 def _error(fields: dict[str, Any], _: memoryview) -> tuple[Key | None, Reply]:
     key = _query(fields) if "queryId" in fields else None
     return key, Failed(fields["error"], fields["code"])
@@ -263,6 +304,8 @@ _DECODERS: dict[str, Callable[[dict[str, Any], memoryview], tuple[Key | None, Re
     "uploadProgress": lambda fields, _: (_query(fields), Consumed(fields["bytes"])),
     "progress": _progress,
     "cacheStats": _cache_stats,
+    "watching": _watching,
+    "changed": _changed,
     "cancelAck": lambda fields, _: (
         ("cancel", fields["queryId"]),
         CancelAck(fields["cancelled"]),

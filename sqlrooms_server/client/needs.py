@@ -75,7 +75,7 @@ class Retries:
     ) -> None:
         self._client = client
         self._deadline = deadline
-        self._pauses = _pauses() if can_repeat else iter(())
+        self._pauses = pauses() if can_repeat else iter(())
 
     def pause(self, error: ConnectionLost) -> Flow[None]:
         """Wait before another attempt, or raise ``error``."""
@@ -117,23 +117,28 @@ def answer(
     """The next reply that tells more than progress. Raises the error that it tells of."""
     while True:
         reply: Reply | None = yield Receive(exchange, deadline)
-        match reply:
-            case None:
-                raise QueryTimeout("The server did not answer in time.")
-            case Progress():
-                if reporter is not None:
-                    reporter.show(reply)
-            case Failed(text, code):
-                raise request_failed(text, code)
-            case Lost(text, None):
-                raise ConnectionLost(text)
-            case Lost(text, str(code)):
-                raise request_failed(text, code)
-            case _:
-                return reply
+        if reply is None:
+            raise QueryTimeout("The server did not answer in time.")
+        if not isinstance(reply, Progress):
+            return checked(reply)
+        if reporter is not None:
+            reporter.show(reply)
 
 
-def _pauses() -> Generator[float, None, None]:
+def checked(reply: Reply) -> Reply:
+    """``reply``. Raises the error that it tells of."""
+    match reply:
+        case Failed(text, code):
+            raise request_failed(text, code)
+        case Lost(text, None):
+            raise ConnectionLost(text)
+        case Lost(text, str(code)):
+            raise request_failed(text, code)
+    return reply
+
+
+def pauses() -> Generator[float, None, None]:
+    """The seconds between attempts."""
     pause = _FIRST_PAUSE_S
     for _ in range(_ATTEMPTS - 1):
         # Many clients lose a server at one time; they need not come back at one time.

@@ -153,6 +153,7 @@ class Stream:
         self.summary: Summary | None = None
         self.schema: pa.Schema | None = None
         self.truncated = self.cached = False
+        self.whole: pa.Table | None = None
         self.has_delivered = False
         self._attempts = attempts
         self._exchange: Exchange | None = None
@@ -163,8 +164,8 @@ class Stream:
         self._ahead: deque[pa.RecordBatch] = deque()
 
     @property
-    def link(self) -> Link:
-        """The connection that the query was sent over."""
+    def link(self) -> Link | None:
+        """The connection that the query was sent over; None when it has ended for certain."""
         return self._attempts.link
 
     def begin(self) -> Flow[None]:
@@ -209,7 +210,7 @@ class Stream:
         if not self._is_complete and self._closed_by is None:
             self._closed_by = reason or RuntimeError("The result was closed before its end.")
             if self._exchange is not None:
-                self.link.abandon(self._exchange)
+                self._attempts.link.abandon(self._exchange)
             self._leave_session()
 
     def _begin(self) -> Flow[None]:
@@ -272,7 +273,7 @@ class Stream:
         if unacknowledged and (self._exchange.inbox.empty() or unacknowledged >= WINDOW // 4):
             self._acknowledged = self._consumed
             query_id = self.request.query_id
-            self.link.send(encode(type="ack", queryId=query_id, bytes=self._consumed))
+            self._attempts.link.send(encode(type="ack", queryId=query_id, bytes=self._consumed))
         self._take((yield from self._attempts.answer(self._exchange)))
 
     def _take(self, reply: Reply) -> None:
@@ -294,3 +295,16 @@ class Stream:
         session = self.request.session
         if session is not None and session.open_result is self:
             session.open_result = None
+
+
+class Snapshot(Stream):
+    """A result that has arrived as a whole; there is nothing to cancel."""
+
+    link = None
+
+    def __init__(self, attempts: Attempts, table: pa.Table, truncated: bool) -> None:
+        super().__init__(attempts)
+        self.schema = table.schema
+        self.whole = table
+        self.truncated = truncated
+        self._is_complete = True

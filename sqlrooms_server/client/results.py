@@ -16,7 +16,7 @@ class ResultState:
 
     def __init__(self, stream: queries.Stream) -> None:
         self._stream = stream
-        self._table: pa.Table | None = None
+        self._table = stream.whole
 
     @property
     def schema(self) -> pa.Schema:

@@ -134,6 +134,36 @@ class BatchDecoder:
         return b"".join(taken)
 
 
+def decoded(stream: memoryview) -> pa.Table:
+    """The table of a whole IPC stream. Raises ``ConnectionLost`` for what is none."""
+    decoder = BatchDecoder()
+    decoder.feed(stream)
+    batches = []
+    while (batch := decoder.next_batch()) is not None:
+        batches.append(batch)
+    decoder.check_end()
+    if decoder.schema is None:
+        raise ConnectionLost("The server sent a result that is cut.")
+    return pa.Table.from_batches(batches, decoder.schema)
+
+
+def is_same(table: pa.Table, other: pa.Table) -> bool:
+    """Whether both hold the same rows in the same order."""
+    # To pyarrow NaN is unlike itself; as bytes it is not.
+    return bool(table.equals(other)) or (
+        table.schema.equals(other.schema)
+        and table.num_rows == other.num_rows
+        and _as_bytes(table) == _as_bytes(other)
+    )
+
+
+def _as_bytes(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return sink.getvalue()
+
+
 class _Source:
     """The file of which pyarrow's reader reads: messages that are there already."""
 

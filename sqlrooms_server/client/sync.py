@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -19,6 +19,7 @@ from sqlrooms_server.client.messages import CacheStats, Progress
 from sqlrooms_server.client.opening import to_pandas
 from sqlrooms_server.client.results import ResultState, RowList
 from sqlrooms_server.client.streams import as_reader
+from sqlrooms_server.client.sync_feeds import Live, Watch
 from sqlrooms_server.client.sync_wire import Wire, receive
 from sqlrooms_server.client.values import Parameters
 
@@ -144,6 +145,42 @@ class Client:
         )
         self._run(self._requests.execute(request))
 
+    def watch(self, tables: str | Sequence[str] = "*", since: str | None = None) -> Watch:
+        """Watch ``tables``: a name, a list of them, or ``"*"`` for all.
+
+        A name is ``table``, ``schema.table`` or ``catalog.schema.table``, and need not exist yet.
+        ``since`` is the ``version`` of an earlier watch: what was missed since comes first. A
+        client has one watch at a time; another one raises ``RuntimeError``.
+        """
+        return Watch(self, self._requests.watch(tables, since))
+
+    def live(
+        self,
+        sql: str,
+        params: Parameters | None = None,
+        *,
+        max_rows: int | None = None,
+        compression: str | None = None,
+        timeout: float | None = None,
+    ) -> Live:
+        """The result of ``sql``, one ``SELECT``, now and again whenever it has changed.
+
+        The first result is there when this returns. ``params``, ``max_rows`` and ``compression``
+        are as for ``query``; ``timeout`` is in seconds and bounds each run. A client may have
+        several live queries.
+        """
+        request = self._requests.request(
+            "live",
+            sql,
+            params,
+            query_id=None,
+            timeout=timeout,
+            progress=None,
+            max_rows=max_rows,
+            compression=compression,
+        )
+        return Live(self, self._requests.live(request))
+
     def upload(self, table_name: str, data: Any, mode: str = "replace") -> int:
         """Send ``data`` into ``table_name``, whole or not at all, and return the number of rows.
 
@@ -192,6 +229,9 @@ class Client:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _result(self, stream: queries.Stream) -> Result:
+        return Result(self, stream)
 
     def _run(self, flow: needs.Flow[T]) -> T:
         try:
