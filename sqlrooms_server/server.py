@@ -6,12 +6,17 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
+from sqlrooms_server import __version__
 from sqlrooms_server.access import Access, is_loopback
+from sqlrooms_server.cache import ResultCache, fingerprint
 from sqlrooms_server.db.engine import Engine
+from sqlrooms_server.db.engine import environment as engine_environment
 from sqlrooms_server.db.store import create_meta_tables
 from sqlrooms_server.errors import ServerError, ShuttingDown, StartupError, Unauthorized
 from sqlrooms_server.features import Feature, MessageHandler, Route
+from sqlrooms_server.features.cached import CachedQueries
 from sqlrooms_server.features.chunked import Acks
 from sqlrooms_server.features.health import Health
 from sqlrooms_server.features.live import LiveQueries
@@ -42,6 +47,7 @@ log = logging.getLogger(__name__)
 _QUERIES_STOPPED_BY = 2.5
 _REPLIES_SENT_BY = 3.5
 _DATABASE_CLOSED_BY = 4.5
+_CACHE_CLOSED_BY = 4.8
 
 # What an early message costs besides its bytes.
 _EARLY_ENTRY_BYTES = 200
@@ -64,6 +70,7 @@ class Server:
         self._access = Access(settings)
         self._limits = Limits(settings.max_message_size, settings.max_sql_length)
         self._handlers: dict[type, MessageHandler] = {}
+        self._cache: ResultCache | None = None
         self._has_started = False
         self._is_ready = False
         self._is_draining = False
@@ -98,6 +105,9 @@ class Server:
         with contextlib.ExitStack() as undo:
             port = self._transport.start(settings.host, settings.port)
             undo.callback(lambda: self._transport.stop(time.monotonic()))
+            # Before DuckDB opens the file, which may change it.
+            state = self._recover_cache()
+            undo.callback(self._close_cache, None)
             self._engine = Engine(
                 settings.db_path,
                 read_only=settings.read_only,
@@ -105,6 +115,8 @@ class Server:
                 limits=settings.duckdb_limits,
             )
             undo.callback(lambda: self._engine.close(time.monotonic() + _DATABASE_CLOSED_BY))
+            if state is not None:
+                self._engine.versions.restore(state)
             create_meta_tables(self._engine, settings.meta_namespace, settings.meta_db)
             self._timers = Timers()
             undo.callback(self._timers.close)
@@ -136,7 +148,31 @@ class Server:
         self._transport.stop(began + _REPLIES_SENT_BY)
         if ended:
             self._sessions.close_all()
-        return self._engine.close(began + _DATABASE_CLOSED_BY) and ended
+        closed = self._engine.close(began + _DATABASE_CLOSED_BY) and ended
+        self._close_cache(self._fingerprint() if closed else None, began + _CACHE_CLOSED_BY)
+        return closed
+
+    def _fingerprint(self) -> dict[str, Any] | None:
+        """What tells that the database file is as this server, or the last one, left it."""
+        environment = {"server": __version__, **engine_environment(self.settings.extensions)}
+        return fingerprint(self.settings.db_path, environment)
+
+    def _recover_cache(self) -> Any:
+        settings = self.settings
+        if settings.no_cache:
+            return None
+        self._cache = ResultCache(settings.cache_dir, settings.cache_size, name=settings.db_path)
+        return self._cache.recover(self._fingerprint())
+
+    def _close_cache(self, fingerprint: dict[str, Any] | None, deadline: float = 0.0) -> None:
+        if self._cache is None:
+            return
+        state = None if fingerprint is None else self._engine.versions.state()
+        self._cache.close(
+            None if state is None else fingerprint,
+            state,
+            deadline=max(0.0, deadline - time.monotonic()),
+        )
 
     def _join_features(self) -> None:
         settings, post = self.settings, self._transport.post
@@ -156,6 +192,7 @@ class Server:
             max_per_connection=settings.max_sessions_per_connection,
             max_sessions=settings.max_sessions,
         )
+        cached = CachedQueries(self._engine, self._scheduler, self._requests, settings, self._cache)
         self._health.start(self._engine)
         # When a client leaves, its requests end before its sessions do.
         self._features = (
@@ -163,7 +200,8 @@ class Server:
             self._requests,
             self._sessions,
             Acks(self._requests),
-            Queries(self._engine, self._requests, self._sessions, settings),
+            cached,
+            Queries(self._engine, self._requests, self._sessions, cached, settings),
             Uploads(self._engine, self._requests, settings),
             Watches(self._engine, self._timers, post, meta_namespace=settings.meta_namespace),
             LiveQueries(self._engine, self._scheduler, self._timers, self._requests, settings),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from dataclasses import dataclass
 
@@ -11,9 +12,12 @@ import duckdb
 from sqlrooms_server.db.effects import Effect
 from sqlrooms_server.db.plans import Unplannable, plan_of
 from sqlrooms_server.db.statements import Statements
-from sqlrooms_server.db.versions import ANYTHING, Change, Table, Versions, combined
+from sqlrooms_server.db.versions import Change, Table, Versions, combined
 
 _MEMO_ENTRIES = 1024
+
+# What a change is called that nobody looks into.
+_SOMETHING = Change("change", catalog=True, unknown=True)
 
 # A plan of a longer text is not worth its size.
 _MAX_PLANNED_LENGTH = 64 << 10
@@ -67,7 +71,8 @@ class Changes:
             return None
         epoch = self._versions.epoch
         if not self._versions.in_use:
-            return Expected(epoch, ANYTHING)
+            settings = any(effect.settings for effect in statements.effects)
+            return Expected(epoch, dataclasses.replace(_SOMETHING, settings=settings))
         found = (
             self._expected(native, effect, statements, epoch, own_names)
             for effect in statements.effects
@@ -94,7 +99,13 @@ class Changes:
         told = tuple(table for table in tables if table is not None and table[0] != "temp")
         if not told and not unknown and not effect.catalog:
             return None
-        return Change(effect.op, told, catalog=effect.catalog or unknown, unknown=unknown)
+        return Change(
+            effect.op,
+            told,
+            catalog=effect.catalog or unknown,
+            unknown=unknown,
+            settings=effect.settings,
+        )
 
     def record(self, expected: Expected) -> None:
         """What was expected is committed."""
@@ -106,7 +117,7 @@ class Changes:
         if change.catalog or expected.epoch == self._versions.epoch:
             return change
         # The catalog has changed since the names were looked up.
-        return Change(change.op, change.tables, catalog=True, unknown=True)
+        return dataclasses.replace(change, catalog=True, unknown=True)
 
     def wrote(self, native: duckdb.DuckDBPyConnection, name: str, *, new: bool) -> None:
         """An upload to ``name``, as it is written in SQL, is committed; ``new``: it made the table.
@@ -115,7 +126,7 @@ class Changes:
         """
         epoch = self._versions.epoch
         if not self._versions.in_use:
-            self._versions.record(ANYTHING)
+            self._versions.record(_SOMETHING)
             return
         table = None
         # The commit must not go untold, whatever becomes of the cursor.

@@ -26,10 +26,11 @@ class Effect(NamedTuple):
     catalog: bool = False
     unknown: bool = False
     by_plan: bool = False
+    settings: bool = False
 
 
-ANYTHING_CHANGES = Effect("change", catalog=True, unknown=True)
-_SETTINGS = Effect("change", catalog=True)
+ANYTHING_CHANGES = Effect("change", catalog=True, unknown=True, settings=True)
+_SETTINGS = Effect("change", catalog=True, settings=True)
 
 _PART = r'(?:[^\W\d][\w$]*|"(?:[^"]|"")+")'
 # Whole: no point may follow, nor a character that could belong to the name.
@@ -142,7 +143,7 @@ def _of_rows(kind: str, text: str) -> Effect:
     if kind != "COPY":
         return Effect(op, by_plan=True)
     if _COPY_TO_FILE.match(text) and not has_changing_word(text):
-        return _SETTINGS
+        return Effect("copy", catalog=True)
     return ANYTHING_CHANGES
 
 
@@ -151,7 +152,7 @@ def _of_create(text: str) -> Effect | None:
         return None
     match = _CREATE_TABLE.match(text)
     if match is None:
-        return _SETTINGS
+        return Effect("create", catalog=True)
     # The word CREATE itself is one.
     writes_more = has_changing_word(text[match.end() :])
     return Effect("create", created=(match["name"],), catalog=True, unknown=writes_more)
@@ -163,13 +164,13 @@ def _of_drop(text: str) -> Effect | None:
     match = _DROP_TABLE.match(text)
     if match is not None:
         return Effect("drop", (match["name"],), catalog=True)
-    return _SETTINGS if _DROP_OTHER.match(text) else ANYTHING_CHANGES
+    return Effect("drop", catalog=True) if _DROP_OTHER.match(text) else ANYTHING_CHANGES
 
 
 def _of_alter(text: str) -> Effect:
     match = _ALTER_TABLE.match(text)
     if match is None:
-        return _SETTINGS if _COMMENT.match(text) else ANYTHING_CHANGES
+        return Effect("alter", catalog=True) if _COMMENT.match(text) else ANYTHING_CHANGES
     old, new = match["name"], match["new"]
     if new is None:
         return Effect("alter", (old,), catalog=True)

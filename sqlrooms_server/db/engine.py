@@ -7,6 +7,7 @@ lets an interrupt hit only its own query, and rolls a forgotten ``BEGIN`` back w
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import duckdb
+import pyarrow as pa
 
 from sqlrooms_server.db import files
 from sqlrooms_server.db.changes import Changes
@@ -30,6 +32,17 @@ _T = TypeVar("_T")
 _RETRY_SECONDS = 2.0
 # How long such a wait may go without looking whether the query was cancelled.
 _LOCK_POLL_SECONDS = 0.02
+
+
+def environment(extensions: tuple[str, ...]) -> dict[str, Any]:
+    """What the results of a query depend on besides the database, as a JSON object."""
+    local_time = Path("/etc/localtime")
+    return {
+        "duckdb": duckdb.__version__,
+        "pyarrow": pa.__version__,
+        "extensions": list(extensions),
+        "time zone": [os.environ.get("TZ"), str(local_time.resolve()), list(time.tzname)],
+    }
 
 
 class Engine:

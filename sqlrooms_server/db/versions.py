@@ -33,16 +33,15 @@ class Change:
     """What one commit changed.
 
     ``catalog``: more than the rows of ``tables``, so that no plan made before it holds.
-    ``unknown``: any other table may have changed, too. ``op`` names it for the change feed.
+    ``unknown``: any other table may have changed, too. ``settings``: something may have changed
+    that a restart undoes. ``op`` names the change for those who watch.
     """
 
     op: str
     tables: tuple[Table, ...] = ()
     catalog: bool = False
     unknown: bool = False
-
-
-ANYTHING = Change("change", catalog=True, unknown=True)
+    settings: bool = False
 
 
 def combined(changes: Iterable[Change]) -> Change | None:
@@ -56,6 +55,7 @@ def combined(changes: Iterable[Change]) -> Change | None:
         tuple({table: None for change in changes for table in change.tables}),
         catalog=any(change.catalog for change in changes),
         unknown=any(change.unknown for change in changes),
+        settings=any(change.settings for change in changes),
     )
 
 
@@ -83,6 +83,7 @@ class Versions:
         self._clock = 0
         self._epoch = 0
         self._unknown = 0
+        self._settings_changed = False
         self._versions: dict[str, int] = {}
         self._tables: dict[str, Table] = {}
         self._listeners: list[Callable[[Recorded], None]] = []
@@ -108,6 +109,8 @@ class Versions:
                 self._epoch = clock
             if change.unknown:
                 self._unknown = clock
+            if change.settings:
+                self._settings_changed = True
             for table in change.tables:
                 key = key_of(table)
                 self._versions[key] = clock
@@ -153,8 +156,13 @@ class Versions:
         return self._unknown <= since
 
     def state(self) -> Any:
-        """Everything, as a JSON value, for :meth:`restore` after a restart."""
+        """Everything, as a JSON value, for :meth:`restore` after a restart.
+
+        None when results may depend on settings, which a restart undoes.
+        """
         with self._lock:
+            if self._settings_changed:
+                return None
             return {
                 "run": self.run,
                 "clock": self._clock,

@@ -52,7 +52,7 @@ class ChunkedRequest(Request):
 
     def put(self, chunk: Chunk) -> bool:
         if self._outbox is None:
-            self._outbox = Outbox(on_room=self._resume, on_data=self._wake, on_sent=self._answered)
+            self._outbox = Outbox(on_room=self.resume, on_data=self._wake, on_sent=self._answered)
             self._requests.post(self._start_stream)
         return self._outbox.put(chunk)
 

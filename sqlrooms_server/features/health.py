@@ -36,6 +36,7 @@ FEATURES = (
     "stream",
     "sessions",
     "chunkedUploads",
+    "persist",
     "watch",
     "live",
 )

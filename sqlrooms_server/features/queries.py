@@ -12,6 +12,7 @@ from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.results import BROKEN_ARROW, Chunk, arrow_chunks, json_chunks
 from sqlrooms_server.errors import ServerError, TooLarge
 from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.features.cached import CachedQueries
 from sqlrooms_server.features.chunked import ChunkedRequest
 from sqlrooms_server.features.limits import bound_rows, truncation
 from sqlrooms_server.features.requests import Request, Requests
@@ -33,9 +34,15 @@ class Queries:
     """Runs SQL and sends what comes of it."""
 
     def __init__(
-        self, engine: Engine, requests: Requests, sessions: Sessions, settings: Settings
+        self,
+        engine: Engine,
+        requests: Requests,
+        sessions: Sessions,
+        cached: CachedQueries,
+        settings: Settings,
     ) -> None:
         self._engine = engine
+        self._cached = cached
         self._requests = requests
         self._sessions = sessions
         self._settings = settings
@@ -52,13 +59,17 @@ class Queries:
         pass
 
     def _submit(self, peer: Peer, query: Query) -> None:
+        persist = query.options.persist and query.options.session is None
+        if persist and self._cached.answer(peer, query):
+            return
         request = self._request(peer, query)
-        if query.options.session is None:
-            submitted = self._requests.submit(
-                request, self._work(request, query, self._engine.cursor)
-            )
-        else:
+        if query.options.session is not None:
             submitted = self._submit_in_session(request, query, query.options.session)
+        else:
+            work = self._work(request, query, self._engine.cursor)
+            if persist:
+                work = self._cached.work(request, query, work)
+            submitted = self._requests.submit(request, work)
         if not submitted:
             return
         limit = self._settings.query_timeout

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.errors import (
@@ -52,6 +53,16 @@ class _Client:
     held: int = 0
 
 
+class SharedRun(Protocol):
+    """What does the work of several requests."""
+
+    @property
+    def job(self) -> Job | None: ...
+
+    @property
+    def cursor(self) -> Cursor | None: ...
+
+
 class Request:
     """One request: the worker's side of its reply, and what cancels it.
 
@@ -81,6 +92,8 @@ class Request:
         self.answered = False
         self.on_answered: Callable[[], None] | None = None
         self.job: Job | None = None
+        # The run that answers it together with others.
+        self.shared_run: SharedRun | None = None
         self._requests = requests
         self._broken_end = broken_end
         self._outbox: Outbox | None = None
@@ -94,7 +107,7 @@ class Request:
             if not self._reply and len(chunk) < _STREAM_BYTES:
                 self._reply = bytes(chunk)
                 return False
-            self._outbox = Outbox(on_room=self._resume, on_data=self._wake, on_sent=self._answered)
+            self._outbox = Outbox(on_room=self.resume, on_data=self._wake, on_sent=self._answered)
             if self._reply:
                 self._outbox.put(self._reply)
             self._requests.post(self._start_stream)
@@ -161,11 +174,11 @@ class Request:
 
     def _look_at_progress(self) -> None:
         """On the thread of the timers: DuckDB's estimate may wait for a lock."""
-        job = self.job
-        if job is None or self.answered or job.state is State.DONE:
+        run = self.shared_run or self
+        job, cursor = run.job, run.cursor
+        if self.answered or job is None or self.job is None or self.job.state is State.DONE:
             return
         now = time.monotonic()
-        cursor = self.cursor
         queued = job.began is None
         message = {
             "type": "progress",
@@ -207,7 +220,8 @@ class Request:
         else:
             self.peer.stream(self._outbox, is_text=self.is_text)
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Let the work go on that yielded ``Pause.FULL``."""
         assert self.job is not None
         self.job.resume()
 

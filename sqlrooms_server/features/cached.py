@@ -1,0 +1,236 @@
+"""``persist`` and ``cacheStats``: results that are kept while nothing they depend on changes."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any
+
+from sqlrooms_server.cache import Entry, Key, ResultCache
+from sqlrooms_server.db.engine import Engine
+from sqlrooms_server.db.plans import Reading
+from sqlrooms_server.db.results import Chunk, arrow_chunks, json_chunks
+from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.features.chunked import ChunkedRequest
+from sqlrooms_server.features.flights import Flight, Flights
+from sqlrooms_server.features.limits import bound_rows, truncation
+from sqlrooms_server.features.requests import Request, Requests
+from sqlrooms_server.jobs import Pause, Scheduler, Work
+from sqlrooms_server.messages import CacheStats, Params, Query
+from sqlrooms_server.peer import Peer
+from sqlrooms_server.protocol import arrow_prefix, encode, json_prefix, json_suffix
+from sqlrooms_server.settings import Settings
+
+
+class CachedQueries:
+    """A feature: answers queries from the cache, or runs them once for all who ask.
+
+    ``cache`` is None when results are not kept at all.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        requests: Requests,
+        settings: Settings,
+        cache: ResultCache | None,
+    ) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._settings = settings
+        self._cache = cache
+        self._flights = Flights(scheduler)
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def handlers(self) -> Mapping[type, MessageHandler]:
+        return {CacheStats: self._stats}
+
+    @property
+    def routes(self) -> Mapping[str, Route]:
+        return {}
+
+    def closed(self, peer: Peer) -> None:
+        pass
+
+    def answer(self, peer: Peer, query: Query) -> bool:
+        """Answer ``query`` from memory, on the loop thread; False when that is not possible."""
+        if self._cache is None:
+            return False
+        self._engine.versions.in_use = True
+        entry = self._cache.peek(_key(query))
+        if entry is None or entry.body is None or query.options.stream or peer.is_behind:
+            return False
+        # A request under the same id must be refused as ever.
+        if self._requests.find(peer, query.query_id) is not None:
+            return False
+        if not self._engine.versions.holds(entry.token):
+            self._cache.discard(_key(query))
+            return False
+        self._count("hits")
+        is_text, chunks = _reply(query, entry, cached=True)
+        message = b"".join(chunks)
+        if is_text:
+            peer.send(message)
+        else:
+            peer.send_binary(message)
+        return True
+
+    def work(self, request: Request, query: Query, alone: Work) -> Work:
+        """Answer ``request`` from the cache, from a run that others wait for, or ``alone``."""
+        cache, versions = self._cache, self._engine.versions
+        reading = None if cache is None else self._reading(query)
+        if cache is None or reading is None or reading.uncacheable:
+            self._count("uncacheable")
+            yield from alone
+            return
+        key = _key(query)
+        token = versions.token(reading.epoch, reading.tables)
+        entry = cache.find(key)
+        is_hit = entry is not None and versions.holds(entry.token)
+        if not is_hit:
+            entry = yield from self._joined(cache, key, token, request, query)
+        if entry is None:
+            self._count("uncacheable")
+            yield from alone
+            return
+        if is_hit:
+            self._count("hits")
+        request.is_text, chunks = _reply(query, entry, cached=is_hit, request=request)
+        for chunk in chunks:
+            yield Pause.FULL if request.put(chunk) else Pause.TURN
+
+    def _reading(self, query: Query) -> Reading | None:
+        """What ``query`` reads; None when it is not one SELECT."""
+        known = self._engine.readings.known(query.sql)
+        if known is not None:
+            return known
+        with self._engine.cursor() as cursor:
+            statements = self._engine.classifier.classify(cursor.native, query.sql)
+            if not statements.is_one_select:
+                return None
+            return self._engine.readings.of(cursor.native, query.sql)
+
+    def _joined(
+        self, cache: ResultCache, key: Key, token: Any, request: Request, query: Query
+    ) -> Generator[Pause, None, Entry | None]:
+        """Wait for the run that computes ``key``; its entry, or None when it is too large."""
+
+        def resume() -> None:
+            self._requests.post(request.resume)
+
+        flight, is_new = self._flights.join(key, token, request, resume)
+        request.shared_run = flight
+        self._count("misses" if is_new else "joined")
+        try:
+            if is_new:
+
+                def keep() -> None:
+                    # Otherwise it is out of date already, though not for those who wait.
+                    if flight.entry is not None and self._engine.versions.holds(token):
+                        cache.store(key, flight.entry)
+
+                self._flights.begin(key, flight, self._compute(cache, flight, query), keep)
+            while not flight.is_over:
+                yield Pause.FULL
+        finally:
+            request.shared_run = None
+            self._flights.leave(key, flight, request)
+        if flight.failure is not None:
+            # A copy: each thread that raises an exception writes to it.
+            raise type(flight.failure)(str(flight.failure))
+        return flight.entry
+
+    def _compute(self, cache: ResultCache, flight: Flight, query: Query) -> Work:
+        spool = cache.spool()
+        try:
+            with self._engine.cursor() as cursor:
+                flight.cursor = cursor
+                if query.options.progress:
+                    cursor.show_progress()
+                result = cursor.run(query.sql, query.options.params, query.formats)
+                assert result is not None
+                limit = bound_rows(
+                    result, query.options, self._settings.max_result_rows, count=True
+                )
+                first = result.first_batch()
+                is_json = query.formats[0] == "json" or (
+                    "json" in query.formats and not result.fits_arrow
+                )
+                chunks: Iterator[Chunk]
+                if is_json:
+                    chunks = json_chunks(result, first, b"", lambda: b"")
+                else:
+                    chunks = arrow_chunks(result, first, b"", query.options.compression)
+                for chunk in chunks:
+                    spool.append(chunk)
+                    yield Pause.TURN
+                facts = {
+                    "format": "json" if is_json else "arrow",
+                    "rows": result.rows,
+                    "more": truncation(result, limit),
+                }
+            flight.entry = spool.finish(flight.token, facts)
+        finally:
+            spool.close()
+
+    def _stats(self, peer: Peer, _: CacheStats) -> None:
+        counted = ("hits", "misses", "joined", "uncacheable")
+        sizes = {"entries": 0, "memoryBytes": 0, "diskBytes": 0}
+        peer.send(
+            encode(
+                {
+                    "type": "cacheStats",
+                    "enabled": self._cache is not None,
+                    **{name: self._counts[name] for name in counted},
+                    **(self._cache.sizes() if self._cache is not None else sizes),
+                }
+            )
+        )
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            self._counts[name] += 1
+
+
+def _key(query: Query) -> Key:
+    """What makes two queries the same. Chunks are cut from the same bytes as one message."""
+    options = query.options
+    formats = ",".join(query.formats)
+    return query.sql, _canonical(options.params), formats, options.compression, options.max_rows
+
+
+def _canonical(params: Params | None) -> str | None:
+    """``params`` as a text; the order of names does not matter, that of fields of a STRUCT does."""
+    if params is None:
+        return None
+    return json.dumps(dict(sorted(params.items())) if isinstance(params, dict) else params)
+
+
+def _reply(
+    query: Query, entry: Entry, *, cached: bool, request: Request | None = None
+) -> tuple[bool, Iterator[Chunk]]:
+    """Whether the reply is a text message, and its parts."""
+    more = dict(entry.facts["more"])
+    if cached:
+        more["cached"] = True
+    if isinstance(request, ChunkedRequest):
+        request.summary = {"rows": entry.facts["rows"], **more}
+        return False, entry.chunks()
+    if entry.facts["format"] == "json":
+        return True, _around(json_prefix(query.query_id), entry, json_suffix(**more))
+    return False, _around(arrow_prefix(query.query_id, **more), entry, b"")
+
+
+def _around(prefix: bytes, entry: Entry, suffix: bytes) -> Iterator[Chunk]:
+    if entry.body is not None:
+        yield prefix + entry.body + suffix
+        return
+    yield prefix
+    yield from entry.chunks()
+    if suffix:
+        yield suffix
