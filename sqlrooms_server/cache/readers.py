@@ -6,7 +6,9 @@ only its own thread can close. These connections can do none of that.
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import stat
 import threading
 import time
 from urllib.parse import quote
@@ -36,6 +38,9 @@ _SELECT = f"""
 
 class _Reader:
     def __init__(self, directory: str) -> None:
+        # A pipe would block SQLite for ever.
+        if not stat.S_ISREG(os.lstat(os.path.join(directory, DATABASE)).st_mode):
+            raise OSError("its database is not a file")
         uri = f"file:{quote(directory)}/{DATABASE}?mode=ro"
         self._connection = sqlite3.connect(
             uri, uri=True, timeout=_LOCK_SECONDS, isolation_level=None, check_same_thread=False

@@ -180,7 +180,6 @@ class ResultCache:
         return self._directory, self._readers
 
     def _open(self) -> None:
-        self._is_open = True
         try:
             if self._directory is None:
                 self._directory = self._place.create()
@@ -189,6 +188,7 @@ class ResultCache:
             self._readers = Readers(self._directory.path)
         except OSError as error:
             self._warn(error)
+        self._is_open = True
 
     def _open_store(self, is_damaged: bool) -> Store:
         # The import takes 40 ms, and many servers never need it.
