@@ -208,7 +208,13 @@ class ResultCache:
     def _warn(self, error: Exception) -> None:
         if not self._has_warned:
             self._has_warned = True
-            log.warning("The result cache in %s is damaged: %s.", self._where(), error)
+            reason = f"{type(error).__name__} {error}".strip()
+            log.warning(
+                "The result cache in %s is damaged or full: %s. It goes on without what it lost; "
+                "this is told once.",
+                self._where(),
+                reason,
+            )
 
     def _where(self) -> str:
         return self._directory.path if self._directory else self._place.parent
