@@ -191,7 +191,7 @@ class ResultCache:
         self._is_open = True
 
     def _open_store(self, is_damaged: bool) -> Store:
-        # The import takes 40 ms, and many servers never need it.
+        # Importing it takes a while, and many servers never need it.
         from sqlrooms_server.cache.disk import Store, is_sound
 
         directory, readers = self._opened()
