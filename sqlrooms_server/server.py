@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlrooms_server import __version__
@@ -105,8 +105,7 @@ class Server:
         with contextlib.ExitStack() as undo:
             port = self._transport.start(settings.host, settings.port)
             undo.callback(lambda: self._transport.stop(time.monotonic()))
-            # Before DuckDB opens the file, which may change it.
-            state = self._recover_cache()
+            restore_cache = self._open_cache()
             undo.callback(self._close_cache, None)
             self._engine = Engine(
                 settings.db_path,
@@ -115,8 +114,7 @@ class Server:
                 limits=settings.duckdb_limits,
             )
             undo.callback(lambda: self._engine.close(time.monotonic() + _DATABASE_CLOSED_BY))
-            if state is not None:
-                self._engine.versions.restore(state)
+            restore_cache()
             create_meta_tables(self._engine, settings.meta_namespace, settings.meta_db)
             self._timers = Timers()
             undo.callback(self._timers.close)
@@ -157,12 +155,24 @@ class Server:
         environment = {"server": __version__, **engine_environment(self.settings.extensions)}
         return fingerprint(self.settings.db_path, environment)
 
-    def _recover_cache(self) -> Any:
+    def _open_cache(self) -> Callable[[], None]:
+        """Before the database is opened. What it returns is to be called after that."""
         settings = self.settings
         if settings.no_cache:
-            return None
-        self._cache = ResultCache(settings.cache_dir, settings.cache_size, name=settings.db_path)
-        return self._cache.recover(self._fingerprint())
+            return lambda: None
+        cache = ResultCache(settings.cache_dir, settings.cache_size, name=settings.db_path)
+        self._cache = cache
+        before = self._fingerprint()
+        state = cache.recover(before)
+
+        def restore() -> None:
+            # Another process may have written to the file until this one locked it.
+            if state is not None and self._fingerprint() == before:
+                self._engine.versions.restore(state)
+            else:
+                cache.forget()
+
+        return restore
 
     def _close_cache(self, fingerprint: dict[str, Any] | None, deadline: float = 0.0) -> None:
         if self._cache is None:

@@ -84,6 +84,11 @@ class ResultCache:
         self._writer.count = count if type(count) is int else 0
         return saved.get("state")
 
+    def forget(self) -> None:
+        """Start empty after all. Only between :meth:`recover` and the first use."""
+        self._is_kept = self._has_database = False
+        self._writer.volume = self._writer.count = 0
+
     def spool(self) -> Spool:
         """To collect a result."""
         return Spool(self._largest, self._open_file)
