@@ -10,7 +10,7 @@ How to repeat it, on Linux, from a checkout::
 or two. Both servers get the same DuckDB and the same pyarrow. The published server declares
 DuckDB 1.5 only and is given 2.x all the same; should it fail there, the table says so.
 
-Eight workloads, by the names that `--only` takes:
+Twelve workloads, by the names that `--only` takes:
 
 one     `select 1` as Arrow on one connection, asked again when the answer is there.
 many    the same on 8 connections with 4 questions open on each.
@@ -24,6 +24,15 @@ streams 50 chunked results at once on one connection, 200,000 rows each, every o
         and how long it takes to cancel one of 11 that send 30 million rows each.
 upload  1 GB of integers, doubles and texts in chunks into a table in memory; in-process, DuckDB
         creates the table from the same Arrow stream.
+cached  `select 1` from the cache as in `many`, beside running it; and an aggregate of 500,000 rows,
+        12 MB, run and read from the cache on disk.
+burst   a slow aggregate asked 1,000 times at once on 20 connections with the cache; it must run
+        once, and is compared with one alone.
+watch   a table that 1,000 connections watch changes: when they are told after the change was
+        asked for, median and last of them.
+live    200 connections follow one live query of which a run takes long, and what it reads
+        changes: when the last one has the new result, and the server's CPU time for a change
+        beside that with one subscriber.
 idle    CPU time of a server with one connected client that says nothing, as % of one core.
 
 In-process is the same DuckDB called from Python without any server: for `one` a new cursor and

@@ -96,13 +96,15 @@ def one_at_a_time(connection: Connection, query: Query, seconds: float) -> Rate:
     return Rate(asked - start, latencies)
 
 
-def many_at_once(port: int, query: Query, seconds: float, connections: int, in_flight: int) -> Rate:
+def many_at_once(
+    port: int, query: Query, seconds: float, connections: int, in_flight: int, **options: Any
+) -> Rate:
     """Keep `in_flight` questions open on each of `connections` connections, for `seconds`."""
     answers = Answers(query)
     latencies: list[float] = []
     numbers = count()
     with ExitStack() as stack, selectors.DefaultSelector() as selector:
-        question = _question("arrow", query.sql, "%s")
+        question = _question("arrow", query.sql, "%s", **options)
         clients = [
             _Client(stack.enter_context(Connection(port)), question) for _ in range(connections)
         ]
@@ -160,7 +162,7 @@ def chunked_stream(connection: Connection, query: Query, window: int) -> Stream:
         connection.receive(chunks)
         if chunks.scan.size - acknowledged > window // 2 and not chunks.ended:
             acknowledged = chunks.scan.size
-            connection.send(_message("ack", queryId="chunked", bytes=acknowledged))
+            connection.send(as_message("ack", queryId="chunked", bytes=acknowledged))
     done = perf_counter()
     query.expect_rows(chunks.scan.rows)
     return Stream(
@@ -220,7 +222,7 @@ def cancel_among_streams(connection: Connection, query: Query, others: int) -> f
     while len(flowing) <= others:
         connection.receive(whole)
         flowing |= {arrow_reply(reply)[0] for reply in whole.take()}
-    connection.send(_message("cancel", queryId="0"))
+    connection.send(as_message("cancel", queryId="0"))
     asked = perf_counter()
     expected = {"cancelAck", "error"}
     while expected:
@@ -240,7 +242,7 @@ def upload(connection: Connection, data: Upload, window: int) -> float:
         while sent and sent - replies.consumed + len(message) > window:
             connection.receive(replies)
         fields = {"queryId": "u", "tableName": "t", "seq": seq, "last": last}
-        header = _message("uploadArrow", **fields)
+        header = as_message("uploadArrow", **fields)
         header += b" " * (-(4 + len(header)) % 8)
         connection.send_binary(len(header).to_bytes(4, "big") + header, message)
         sent += len(message)
@@ -271,10 +273,10 @@ class _Client:
 
 
 def _question(kind: str, sql: str, query_id: str, **options: Any) -> bytes:
-    return _message(kind, sql=sql, queryId=query_id, **options)
+    return as_message(kind, sql=sql, queryId=query_id, **options)
 
 
-def _message(kind: str, **fields: Any) -> bytes:
+def as_message(kind: str, **fields: Any) -> bytes:
     return json.dumps({"type": kind, **fields}).encode()
 
 

@@ -106,6 +106,44 @@ WORKLOADS = (
         published=False,
     ),
     Workload(
+        "cached",
+        (
+            Metric("qps", "cached, 8 x 4 in flight", "q/s", True),
+            Metric("share", "  to running select 1", "x", True, required=5, absolute=True),
+            Metric("aggregate", "aggregate of 12 MB, run", "ms", False),
+            Metric("disk", "  run to read from disk", "x", True, required=3, absolute=True),
+        ),
+        in_process=False,
+        published=False,
+    ),
+    Workload(
+        "burst",
+        (
+            Metric("seconds", "1,000 equal queries", "s", False),
+            Metric("share", "  to one alone", "x", False),
+        ),
+        in_process=False,
+        published=False,
+    ),
+    Workload(
+        "watch",
+        (
+            Metric("median", "1,000 watchers, median", "ms", False, required=50, absolute=True),
+            Metric("last", "  the last one", "ms", False),
+        ),
+        in_process=False,
+        published=False,
+    ),
+    Workload(
+        "live",
+        (
+            Metric("last", "200 live, the last one", "ms", False),
+            Metric("cpu", "  CPU, to one subscriber", "x", False, required=2, absolute=True),
+        ),
+        in_process=False,
+        published=False,
+    ),
+    Workload(
         "idle",
         (
             # The aim is none at all, met by what rounds to 0.0 %: a timer a second is a little.
@@ -137,6 +175,10 @@ FULL = Effort(
         "chunked": 5,
         "streams": 3,
         "upload": 5,
+        "cached": 5,
+        "burst": 3,
+        "watch": 3,
+        "live": 3,
         "idle": 3,
     },
     warm_up=0.5,
@@ -152,6 +194,10 @@ QUICK = Effort(
         "chunked": 1,
         "streams": 1,
         "upload": 1,
+        "cached": 1,
+        "burst": 1,
+        "watch": 1,
+        "live": 1,
         "idle": 1,
     },
     warm_up=0.2,

@@ -56,10 +56,11 @@ class Usage:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server."""
+    """A running server, and the virtual environment it comes from."""
 
     port: int
     usage: Usage
+    environment: Path
 
 
 @contextmanager
@@ -84,7 +85,7 @@ def running(environment: Path) -> Iterator[Server]:
             )
         try:
             _wait_until_healthy(process, port)
-            yield Server(port, Usage(process.pid))
+            yield Server(port, Usage(process.pid), environment)
         except (OSError, ServerFailed) as error:
             raise ServerFailed(f"{error}{_state(process)}{_tail(log)}") from error
         finally:

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from . import load
+from . import changes, load
 from .answers import LARGE, MIXED, ONE, gigabyte, numbered
 from .load import Sample
 from .plan import Effort
 from .replies import Whole
-from .servers import Server
+from .servers import Server, running
 from .websocket import Connection
 
 CONNECTIONS, IN_FLIGHT = 8, 4
 STREAMS = 50
 OTHER_STREAMS = 10
 CHUNKED_PAIRS = 3
+DISK_PAIRS = 5
+EQUAL_QUERIES = 1000
+WATCHERS = 1000
+SUBSCRIBERS = 200
+CHANGES = 10
 
 # Bytes under way: of a chunked result, and of an upload, where the server allows 32 MiB.
 WINDOW = 16 << 20
@@ -99,6 +104,45 @@ def _upload(server: Server, effort: Effort, _: bool) -> Sample:
         return {"mbps": load.upload(connection, gigabyte(), UPLOAD_WINDOW)}
 
 
+def _cached(server: Server, effort: Effort, _: bool) -> Sample:
+    def rate(seconds: float, **options: bool) -> float:
+        asked = load.many_at_once(server.port, ONE, seconds, CONNECTIONS, IN_FLIGHT, **options)
+        return asked.sample()["qps"]
+
+    rate(effort.warm_up)
+    run = rate(effort.window)
+    rate(effort.warm_up, persist=True)
+    hit = rate(effort.window, persist=True)
+    with Connection(server.port) as connection:
+        disk = changes.from_disk(connection, DISK_PAIRS)
+    return {
+        "qps": hit,
+        "share": hit / run,
+        "aggregate": disk["run"] * 1e3,
+        "disk": disk["run"] / disk["hit"],
+    }
+
+
+def _burst(server: Server, effort: Effort, _: bool) -> Sample:
+    alone, together = changes.burst(server.port, EQUAL_QUERIES)
+    return {"seconds": together, "share": together / alone}
+
+
+def _watch(server: Server, effort: Effort, _: bool) -> Sample:
+    told = changes.watch(server.port, WATCHERS, CHANGES)
+    return {
+        "median": median(one.median() for one in told) * 1e3,
+        "last": median(one.last() for one in told) * 1e3,
+    }
+
+
+def _live(server: Server, effort: Effort, _: bool) -> Sample:
+    _, one = changes.live(server.port, server.usage, 1, CHANGES)
+    with running(server.environment) as another:
+        told, all_ = changes.live(another.port, another.usage, SUBSCRIBERS, CHANGES)
+    return {"last": median(one.last() for one in told) * 1e3, "cpu": all_ / one}
+
+
 def _idle(server: Server, effort: Effort, _: bool) -> Sample:
     with Connection(server.port) as connection:
         load.decode(connection, ONE)
@@ -117,5 +161,9 @@ RUNS: dict[str, Run] = {
     "chunked": _chunked,
     "streams": _streams,
     "upload": _upload,
+    "cached": _cached,
+    "burst": _burst,
+    "watch": _watch,
+    "live": _live,
     "idle": _idle,
 }
