@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from websockets.exceptions import ConnectionClosed
 
 from sqlrooms_server.client import (
     AsyncClient,
@@ -521,6 +525,77 @@ def test_an_interrupt_loses_nothing(db: Client, peer: Peer) -> None:
     peer.send(type="watching", versions={"t": 4}, version="v4")
     peer.changed({"t": 4}, "v4")
     assert seeing.result(DEADLINE).tables == {"t": 4}
+
+
+INTERRUPTED_ANYWHERE = """
+import random
+import signal
+import sys
+from sqlrooms_server.client import connect
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+with connect(sys.argv[1]) as db:
+    changes, live = db.watch(), db.live("from t")
+    for _ in range(150):
+        for feed in (changes, live):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.003))
+                try:
+                    while True:
+                        # Python drops an interrupt that comes in a finalizer.
+                        feed.next(0.05)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except (KeyboardInterrupt, TimeoutError):
+                pass
+    db.cache_stats()
+    changes.close()
+    live.close()
+    db.cache_stats()
+    print("usable", flush=True)
+"""
+
+
+def test_ctrl_c_at_any_moment_leaves_the_connection_usable(scripted: ScriptedServer) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED_ANYWHERE, scripted.url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        peer = scripted.peer()
+        try:
+            follow(peer)
+        finally:
+            # Ended already, unless the test has failed.
+            process.kill()
+        assert process.communicate()[0] == "usable\n"
+
+
+def follow(peer: Peer) -> None:
+    """Answer everything until the client is gone."""
+    version = 0
+    with suppress(ConnectionClosed):
+        while asked := peer.receive():
+            version += 1
+            query_id = asked.get("queryId")
+            match asked["type"]:
+                case "watch":
+                    peer.send(type="watching", versions={}, version=f"v{version}")
+                    peer.changed({"t": version}, f"v{version}")
+                case "unwatch":
+                    peer.send(type="unwatched")
+                case "live":
+                    peer.arrow(pa.table({"a": [version]}), queryId=query_id, seq=0)
+                    peer.arrow(pa.table({"a": [-version]}), queryId=query_id, seq=1)
+                case "cancel":
+                    peer.send(type="error", queryId=query_id, error="", code="cancelled")
+                    peer.send(type="cancelAck", queryId=query_id, cancelled=True)
+                case "cacheStats":
+                    peer.send(type="cacheStats", **STATS)
 
 
 def test_the_same_rows() -> None:

@@ -16,6 +16,7 @@ from sqlrooms_server.client.messages import (
     Change,
     Chunk,
     Done,
+    Key,
     Reply,
     Watching,
     encode,
@@ -81,10 +82,17 @@ class Feed(Generic[T]):
         """
         self._has_begun = True
         deadline = None if timeout is None else time.monotonic() + timeout
-        while (reply := (yield from self._reply(deadline))) is not None:
-            item = self._take(reply)
-            if item is not None:
-                return item
+        try:
+            while (reply := (yield from self._reply(deadline))) is not None:
+                item = self._take(reply)
+                if item is not None:
+                    return item
+        except (TimeoutError, ConnectionLost, RequestFailed):
+            raise
+        except BaseException:
+            # Interrupted. A reply may have been taken from the inbox that nobody has seen.
+            self._unsubscribe()
+            raise
         return None
 
     def close(self) -> None:
@@ -103,8 +111,12 @@ class Feed(Generic[T]):
         """What ``begin`` leaves for the first ``next``."""
         return (yield from self._reply(None))
 
-    def _ask(self, link: Link) -> Exchange:
-        """Send the request."""
+    def _key(self) -> Key:
+        """The kind and id of the next request."""
+        raise NotImplementedError
+
+    def _message(self) -> str:
+        """The next request."""
         raise NotImplementedError
 
     def _take(self, reply: Reply) -> T | None:
@@ -123,12 +135,6 @@ class Feed(Generic[T]):
                     raise
                 # Another server may take its place, as after a lost connection.
                 self._lost(ConnectionLost(str(error)))
-            except TimeoutError:
-                raise
-            except BaseException:
-                # A reply may have been taken from the inbox and not arrived here.
-                self._unsubscribe()
-                raise
             else:
                 self._pauses = pauses()
                 return None if self.is_closed else reply
@@ -173,7 +179,10 @@ class Feed(Generic[T]):
         link = yield from connected(deadline)
         if self.is_closed:
             return
-        self._link, self._exchange = link, self._ask(link)
+        # Known here before it is sent, so that an interrupt never leaves it behind on the server.
+        self._link = link
+        self._exchange = link.open(self._key(), is_feed=True)
+        link.send(self._message())
         if self.is_closed:
             self._unsubscribe()
 
@@ -199,6 +208,7 @@ class Watch(Feed[Change]):
         super().__init__(client, new_id)
         self.version = since
         self.versions: dict[str, int] = {}
+        self._query_id = 0
         self._tables = "*" if tables == "*" else [tables] if isinstance(tables, str) else [*tables]
 
     def _begun(self) -> Flow[Reply | None]:
@@ -208,12 +218,13 @@ class Watch(Feed[Change]):
             self._learn(reply)
         return None if is_first else reply
 
-    def _ask(self, link: Link) -> Exchange:
-        query_id = self._new_id()
-        exchange = link.open((WATCH, query_id), is_feed=True)
+    def _key(self) -> Key:
+        self._query_id = self._new_id()
+        return WATCH, self._query_id
+
+    def _message(self) -> str:
         # The id comes back with an error only.
-        link.send(encode(type=WATCH, queryId=query_id, tables=self._tables, since=self.version))
-        return exchange
+        return encode(type=WATCH, queryId=self._query_id, tables=self._tables, since=self.version)
 
     def _take(self, reply: Reply) -> Change | None:
         if isinstance(reply, Watching):
@@ -254,12 +265,13 @@ class Live(Feed[Snapshot]):
         except TimeoutError:
             raise QueryTimeout("The server did not answer in time.") from None
 
-    def _ask(self, link: Link) -> Exchange:
+    def _key(self) -> Key:
         self._is_subscribed_again = self._last is not None
         self._request.query_id = self._new_id()
-        exchange = link.open(("query", self._request.query_id), is_feed=True)
-        link.send(self._request.message(self._request.timeout))
-        return exchange
+        return "query", self._request.query_id
+
+    def _message(self) -> str:
+        return self._request.message(self._request.timeout)
 
     def _take(self, reply: Reply) -> Snapshot | None:
         if not isinstance(reply, Chunk):

@@ -168,8 +168,11 @@ class Requests:
                 link = yield from connected()
                 query_id = next(self._ids)
                 exchange = link.open((CACHE_STATS, query_id))
-                link.send(encode(type=CACHE_STATS, queryId=query_id))
-                reply = yield from answer(exchange)
+                try:
+                    link.send(encode(type=CACHE_STATS, queryId=query_id))
+                    reply = yield from answer(exchange)
+                finally:
+                    link.abandon(exchange)
                 assert isinstance(reply, CacheStats)
                 return reply
             except ConnectionLost as error:

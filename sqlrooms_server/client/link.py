@@ -28,7 +28,8 @@ from sqlrooms_server.client.messages import (
     encode,
 )
 
-# Their replies have no id, so that each is for the first that waits.
+# Their replies have no id. Each is for the last that waits: any is good for all of them, and one
+# that Ctrl+C kept from being sent must not take the reply of another.
 _WITHOUT_ID = (CACHE_STATS, WATCH)
 
 
@@ -102,9 +103,6 @@ class Link:
             self.send(encode(type="unwatch"))
         if self._exchanges.get(CHANGES) is exchange:
             self._exchanges.pop(CHANGES, None)
-        if kind in _WITHOUT_ID:
-            # Without its reply it keeps its place in the line.
-            return
         if self._exchanges.get(exchange.key) is not exchange:
             return
         if kind == "query" and self.lost is None:
@@ -146,7 +144,8 @@ class Link:
     def _addressee(self, key: Key, reply: Reply) -> Key:
         kind, query_id = key
         if kind in _WITHOUT_ID:
-            return next((waits for waits in list(self._exchanges) if waits[0] == kind), key)
+            waiting = [waits for waits in list(self._exchanges) if waits[0] == kind]
+            return waiting[-1] if waiting else key
         if isinstance(reply, Failed) and key not in self._exchanges:
             others = [(kind, query_id) for kind in _WITHOUT_ID]
             return next((other for other in others if other in self._exchanges), key)
@@ -164,8 +163,6 @@ class Link:
             # A feed that was answered before is not what the server means.
             if exchange is not None and not exchange.is_answered:
                 self.abandon(exchange)
-                if exchange.key[0] in _WITHOUT_ID:
-                    self._exchanges.pop(exchange.key, None)
                 exchange.inbox.put_nowait(reply)
 
     def fail(self, text: str) -> None:

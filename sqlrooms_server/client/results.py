@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -44,7 +45,9 @@ class ResultState:
         return self._stream.cached
 
     def __del__(self) -> None:
-        self._stream.abandon()
+        # Ctrl+C may come before it has a stream.
+        with suppress(AttributeError):
+            self._stream.abandon()
 
 
 class RowList(list[dict[str, Any]]):
