@@ -19,7 +19,7 @@ from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Chunk, Pull
 # Changes within this time are told together.
 _INTERVAL_SECONDS = 0.01
 # Of the loop's time, telling may take this part.
-_SHARE = 0.2
+_SHARE = 0.4
 
 _UNWATCHED = encode({"type": "unwatched"})
 
