@@ -91,15 +91,18 @@ class CloseSession:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """``{type: "watch", tables, since?}``. ``tables`` is None for all of them."""
+    """``{type: "watch", tables, since?, queryId?}``. ``tables`` is None for all of them."""
 
     tables: tuple[TableName, ...] | None
     since: str | None
+    query_id: QueryId | None
 
 
 @dataclass(frozen=True, slots=True)
 class Unwatch:
-    """``{type: "unwatch"}``."""
+    """``{type: "unwatch", queryId?}``."""
+
+    query_id: QueryId | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,9 @@ class Live:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """``{type: "cacheStats"}``."""
+    """``{type: "cacheStats", queryId?}``."""
+
+    query_id: QueryId | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from sqlrooms_server.features.requests import Request, Requests
 from sqlrooms_server.jobs import Pause, Scheduler, Work
 from sqlrooms_server.messages import CacheStats, Params, Query
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.protocol import arrow_prefix, encode, json_prefix, json_suffix
+from sqlrooms_server.protocol import arrow_prefix, encode_reply, json_prefix, json_suffix
 from sqlrooms_server.settings import Settings
 
 
@@ -178,19 +178,15 @@ class CachedQueries:
         finally:
             spool.close()
 
-    def _stats(self, peer: Peer, _: CacheStats) -> None:
+    def _stats(self, peer: Peer, message: CacheStats) -> None:
         counted = ("hits", "misses", "joined", "uncacheable")
-        sizes = {"entries": 0, "memoryBytes": 0, "diskBytes": 0}
-        peer.send(
-            encode(
-                {
-                    "type": "cacheStats",
-                    "enabled": self._cache is not None,
-                    **{name: self._counts[name] for name in counted},
-                    **(self._cache.sizes() if self._cache is not None else sizes),
-                }
-            )
-        )
+        no_sizes = {"entries": 0, "memoryBytes": 0, "diskBytes": 0}
+        stats = {
+            "enabled": self._cache is not None,
+            **{name: self._counts[name] for name in counted},
+            **(no_sizes if self._cache is None else self._cache.sizes()),
+        }
+        peer.send(encode_reply("cacheStats", message.query_id, **stats))
 
     def _count(self, name: str) -> None:
         with self._lock:

@@ -12,7 +12,7 @@ from sqlrooms_server.db.versions import Recorded, Table, key_of
 from sqlrooms_server.features import MessageHandler, Route
 from sqlrooms_server.messages import TableName, Unwatch, Watch
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.protocol import encode, table_text
+from sqlrooms_server.protocol import encode, encode_reply, table_text
 from sqlrooms_server.timers import Timers
 from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Chunk, Pull
 
@@ -20,8 +20,6 @@ from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Chunk, Pull
 _INTERVAL_SECONDS = 0.01
 # Of the loop's time, telling may take this part.
 _SHARE = 0.4
-
-_UNWATCHED = encode({"type": "unwatched"})
 
 
 @dataclass(eq=False)
@@ -78,7 +76,6 @@ class Watches:
         clock, everything = self._versions.known()
         watcher = _Watcher(peer, keys, clock)
         answer: dict[str, Any] = {
-            "type": "watching",
             "versions": self._current(message.tables, everything),
             "version": self._token(clock),
         }
@@ -87,13 +84,13 @@ class Watches:
             missed = self._missed(watcher, message.since)
             answer["resync"] = missed is None
         self._watchers[peer] = watcher
-        peer.send(encode(answer))
+        peer.send(encode_reply("watching", message.query_id, **answer))
         if missed:
             peer.send(self._changed(missed, "change", clock))
 
-    def _unwatch(self, peer: Peer, _: Unwatch) -> None:
+    def _unwatch(self, peer: Peer, message: Unwatch) -> None:
         self._watchers.pop(peer, None)
-        peer.send(_UNWATCHED)
+        peer.send(encode_reply("unwatched", message.query_id))
 
     def _missed(self, watcher: _Watcher, since: str) -> dict[str, int] | None:
         """What ``watcher`` has to be told that knows ``since``; None when that is not known."""

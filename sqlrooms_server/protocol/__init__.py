@@ -11,6 +11,7 @@ from sqlrooms_server.protocol.frames import (
     encode,
     encode_error,
     encode_ok,
+    encode_reply,
     json_prefix,
     json_suffix,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "encode",
     "encode_error",
     "encode_ok",
+    "encode_reply",
     "json_prefix",
     "json_suffix",
     "parse_table_name",

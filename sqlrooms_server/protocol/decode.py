@@ -158,23 +158,34 @@ def _live(fields: dict[str, Any], limits: Limits) -> Live:
 
 
 def _watch(fields: dict[str, Any], limits: Limits) -> Watch:
+    query_id = _given_query_id(fields)
     tables = fields.get("tables")
     since = fields.get("since")
     if since is not None and not isinstance(since, str):
-        raise BadRequest("since must be the version of an earlier message, a string.")
+        raise BadRequest("since must be the version of an earlier message, a string.", query_id)
     if tables == "*":
-        return Watch(None, since)
+        return Watch(None, since, query_id)
     if not isinstance(tables, list) or not 0 < len(tables) <= MAX_WATCHED_TABLES:
-        raise BadRequest(f'tables must be "*" or an array of 1 to {MAX_WATCHED_TABLES} names.')
-    return Watch(tuple(parse_table_name(name, "Each of tables") for name in tables), since)
+        known = f'"*" or an array of 1 to {MAX_WATCHED_TABLES} names'
+        raise BadRequest(f"tables must be {known}.", query_id)
+    try:
+        names = tuple(parse_table_name(name, "Each of tables") for name in tables)
+    except BadRequest as error:
+        raise BadRequest(str(error), query_id) from error
+    return Watch(names, since, query_id)
 
 
 def _unwatch(fields: dict[str, Any], limits: Limits) -> Unwatch:
-    return Unwatch()
+    return Unwatch(_given_query_id(fields))
 
 
 def _cache_stats(fields: dict[str, Any], limits: Limits) -> CacheStats:
-    return CacheStats()
+    return CacheStats(_given_query_id(fields))
+
+
+def _given_query_id(fields: dict[str, Any]) -> QueryId | None:
+    """The query id of a message that needs none."""
+    return query_id_in(fields) if "queryId" in fields else None
 
 
 def _cancel(fields: dict[str, Any], limits: Limits) -> Cancel:

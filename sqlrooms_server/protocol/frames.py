@@ -14,6 +14,12 @@ def encode(fields: dict[str, Any]) -> bytes:
     return ujson.dumps(fields, escape_forward_slashes=False).encode()
 
 
+def encode_reply(kind: str, query_id: QueryId | None, **fields: Any) -> bytes:
+    """A text message of type ``kind``, with the query id when the request had one."""
+    head = {"type": kind} if query_id is None else {"type": kind, "queryId": query_id}
+    return encode({**head, **fields})
+
+
 def encode_error(error: ServerError) -> bytes:
     """The error frame of ``error``; the query id is left out when it is not known."""
     fields: dict[str, Any] = {"type": "error"}
