@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import duckdb
@@ -13,6 +14,7 @@ from sqlrooms_server.db.effects import Effect
 from sqlrooms_server.db.plans import Unplannable, plan_of
 from sqlrooms_server.db.statements import Statements
 from sqlrooms_server.db.versions import Change, Table, Versions, combined
+from sqlrooms_server.errors import ServerError
 
 _MEMO_ENTRIES = 1024
 
@@ -24,7 +26,7 @@ _MAX_PLANNED_LENGTH = 64 << 10
 
 _HAS_TRIGGERS = int(duckdb.__version__.split(".")[0]) >= 2
 
-# After any other error a single statement may have committed all the same.
+# After any other of DuckDB's errors a single statement has certainly not committed.
 _UNCERTAIN = (
     duckdb.InterruptException,
     duckdb.FatalException,
@@ -119,11 +121,23 @@ class Changes:
         # The catalog has changed since the names were looked up.
         return dataclasses.replace(change, catalog=True, unknown=True)
 
-    def wrote(self, native: duckdb.DuckDBPyConnection, name: str, *, new: bool) -> None:
-        """An upload to ``name``, as it is written in SQL, is committed; ``new``: it made the table.
+    @contextlib.contextmanager
+    def of_upload(
+        self, native: duckdb.DuckDBPyConnection, name: str, *, new: bool
+    ) -> Iterator[None]:
+        """Record what the block commits: an upload to ``name``, as it is written in SQL.
 
-        If nothing is known of the table any more, anything may have changed.
+        ``new``: it makes the table.
         """
+        try:
+            yield
+        except BaseException as error:
+            if may_have_committed(error):
+                self._uploaded(native, name, new=new)
+            raise
+        self._uploaded(native, name, new=new)
+
+    def _uploaded(self, native: duckdb.DuckDBPyConnection, name: str, *, new: bool) -> None:
         epoch = self._versions.epoch
         if not self._versions.in_use:
             self._versions.record(_SOMETHING)
@@ -174,7 +188,13 @@ def is_uncertain(error: BaseException, statements: Statements) -> bool:
         return not isinstance(error, duckdb.ParserException | duckdb.SyntaxException)
     if len(statements.kinds) > 1:
         return True
-    return isinstance(error, _UNCERTAIN) or not isinstance(error, duckdb.Error)
+    return may_have_committed(error)
+
+
+def may_have_committed(error: BaseException) -> bool:
+    """Whether a statement that raised ``error`` may have committed all the same."""
+    is_certain = isinstance(error, duckdb.Error | ServerError)
+    return isinstance(error, _UNCERTAIN) or not is_certain
 
 
 def _written(native: duckdb.DuckDBPyConnection, statement: str) -> Table | None:

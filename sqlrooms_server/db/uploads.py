@@ -51,8 +51,8 @@ def write_table(
             cursor.native.unregister(_SOURCE)
 
     cursor.check()
-    engine.retrying(cursor, attempt)
-    engine.changes.wrote(cursor.native, target, new=mode != "append")
+    with engine.changes.of_upload(cursor.native, target, new=mode != "append"):
+        engine.retrying(cursor, attempt)
 
 
 class TableWriter:
@@ -107,9 +107,10 @@ class TableWriter:
             native.execute(f"DROP TABLE IF EXISTS {_qualified(self._target)}")
             native.execute(f"ALTER TABLE {_qualified(self._written)} RENAME TO {name}")
         self._cursor.check()
-        native.execute("COMMIT")
+        changes, new = self._engine.changes, self._mode != "append"
+        with changes.of_upload(native, _qualified(self._target), new=new):
+            native.execute("COMMIT")
         self._cursor.aftermath = CHANGES_STAND
-        self._engine.changes.wrote(native, _qualified(self._target), new=self._mode != "append")
 
     @property
     def _insertion(self) -> str:
