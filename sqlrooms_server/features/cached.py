@@ -6,12 +6,12 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
-from typing import Any
 
 from sqlrooms_server.cache import Entry, Key, ResultCache
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.plans import Reading
 from sqlrooms_server.db.results import Chunk, arrow_chunks, json_chunks
+from sqlrooms_server.db.versions import Token
 from sqlrooms_server.features import MessageHandler, Route
 from sqlrooms_server.features.chunked import ChunkedRequest
 from sqlrooms_server.features.flights import Flight, Flights
@@ -22,6 +22,8 @@ from sqlrooms_server.messages import CacheStats, Params, Query
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.protocol import arrow_prefix, encode_reply, json_prefix, json_suffix
 from sqlrooms_server.settings import Settings
+
+_MAX_TOO_LARGE = 1024
 
 
 class CachedQueries:
@@ -45,6 +47,8 @@ class CachedQueries:
         self._flights = Flights(scheduler)
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        # What was found to be too large to keep, so that it is not collected in vain again.
+        self._too_large: dict[Key, Token] = {}
 
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
@@ -83,17 +87,17 @@ class CachedQueries:
     def work(self, request: Request, query: Query, alone: Work) -> Work:
         """Answer ``request`` from the cache, from a run that others wait for, or ``alone``."""
         cache, versions = self._cache, self._engine.versions
-        reading = None if cache is None else self._reading(query)
-        if cache is None or reading is None or reading.uncacheable:
-            self._count("uncacheable")
-            yield from alone
-            return
-        key = _key(query)
-        token = versions.token(reading.epoch, reading.tables)
-        entry = cache.find(key)
-        is_hit = entry is not None and versions.holds(entry.token)
-        if not is_hit:
-            entry = yield from self._joined(cache, key, token, request, query)
+        reading = None if cache is None else self._reading(request, query)
+        entry, is_hit = None, False
+        if cache is not None and reading is not None and not reading.uncacheable:
+            key = _key(query)
+            token = versions.token(reading.epoch, reading.tables)
+            entry = cache.find(key)
+            is_hit = entry is not None and versions.holds(entry.token)
+            if self._too_large.get(key) == token:
+                entry = None
+            elif not is_hit:
+                entry = yield from self._joined(cache, key, token, request, query)
         if entry is None:
             self._count("uncacheable")
             yield from alone
@@ -104,19 +108,20 @@ class CachedQueries:
         for chunk in chunks:
             yield Pause.FULL if request.put(chunk) else Pause.TURN
 
-    def _reading(self, query: Query) -> Reading | None:
+    def _reading(self, request: Request, query: Query) -> Reading | None:
         """What ``query`` reads; None when it is not one SELECT."""
         known = self._engine.readings.known(query.sql)
         if known is not None:
             return known
         with self._engine.cursor() as cursor:
+            request.cursor = cursor
             statements = self._engine.classifier.classify(cursor.native, query.sql)
             if not statements.is_one_select:
                 return None
             return self._engine.readings.of(cursor.native, query.sql)
 
     def _joined(
-        self, cache: ResultCache, key: Key, token: Any, request: Request, query: Query
+        self, cache: ResultCache, key: Key, token: Token, request: Request, query: Query
     ) -> Generator[Pause, None, Entry | None]:
         """Wait for the run that computes ``key``; its entry, or None when it is too large."""
 
@@ -143,7 +148,14 @@ class CachedQueries:
         if flight.failure is not None:
             # A copy: each thread that raises an exception writes to it.
             raise type(flight.failure)(str(flight.failure))
+        if flight.entry is None:
+            self._remember_too_large(key, token)
         return flight.entry
+
+    def _remember_too_large(self, key: Key, token: Token) -> None:
+        if len(self._too_large) >= _MAX_TOO_LARGE:
+            self._too_large.clear()
+        self._too_large[key] = token
 
     def _compute(self, cache: ResultCache, flight: Flight, query: Query) -> Work:
         spool = cache.spool()
