@@ -13,7 +13,7 @@ import duckdb
 from sqlrooms_server.db.effects import Effect
 from sqlrooms_server.db.plans import Unplannable, plan_of
 from sqlrooms_server.db.statements import Statements
-from sqlrooms_server.db.versions import Change, Table, Versions, combined
+from sqlrooms_server.db.versions import Change, Table, Versions, combined, key_of
 from sqlrooms_server.errors import ServerError
 
 _MEMO_ENTRIES = 1024
@@ -80,6 +80,8 @@ class Changes:
             for effect in statements.effects
         )
         change = combined(change for change in found if change is not None)
+        if own_names and _may_unshadow(statements):
+            return Expected(epoch, _SOMETHING if change is None else _with_all(change))
         return None if change is None else Expected(epoch, change)
 
     def _expected(
@@ -92,13 +94,19 @@ class Changes:
     ) -> Change | None:
         unknown = effect.unknown
         if effect.catalog:
-            tables = [_named(native, name) for name in (*effect.targets, *effect.created)]
+            tables = [_named(native, name) for name in effect.targets]
+            tables += [_named(native, name, is_new=True) for name in effect.created]
+            if effect.renamed and tables[-1] is not None:
+                tables.append((*tables[-1][:2], _parts(effect.renamed)[0]))
+            unknown = unknown or None in tables
         else:
             tables = _planned(native, statements) if effect.by_plan else []
             for name in effect.targets:
                 tables.append(self._table(native, name, epoch, own_names=own_names))
-            unknown = bool(tables) and (None in tables or self._has_trigger(native, epoch))
-        told = tuple(table for table in tables if table is not None and table[0] != "temp")
+            unknown = bool(tables) and (
+                None in tables or self._has_trigger(native, epoch, own_names=own_names)
+            )
+        told = tuple(table for table in tables if table is not None and not _is_temporary(table))
         if not told and not unknown and not effect.catalog:
             return None
         return Change(
@@ -119,7 +127,7 @@ class Changes:
         if change.catalog or expected.epoch == self._versions.epoch:
             return change
         # The catalog has changed since the names were looked up.
-        return dataclasses.replace(change, catalog=True, unknown=True)
+        return _with_all(change)
 
     @contextlib.contextmanager
     def of_upload(
@@ -146,7 +154,7 @@ class Changes:
         # The commit must not go untold, whatever becomes of the cursor.
         with contextlib.suppress(duckdb.Error):
             table = self._table(native, name, epoch, own_names=new)
-        unknown = table is None or self._has_trigger(native, epoch)
+        unknown = table is None or self._has_trigger(native, epoch, own_names=new)
         told = () if table is None else (table,)
         self._versions.record(Change("upload", told, catalog=new or unknown, unknown=unknown))
 
@@ -167,25 +175,31 @@ class Changes:
             names[name] = table
         return names[name]
 
-    def _has_trigger(self, native: duckdb.DuckDBPyConnection, epoch: int) -> bool:
+    def _has_trigger(
+        self, native: duckdb.DuckDBPyConnection, epoch: int, *, own_names: bool
+    ) -> bool:
         """Whether writing one table may write another. 2.x has triggers."""
         if not _HAS_TRIGGERS:
             return False
         known_at, has_trigger = self._triggers
-        if known_at != epoch:
+        # A transaction sees its own triggers, and not those that came after it began.
+        if own_names or known_at != epoch:
             try:
                 rows = native.execute("SELECT 1 FROM duckdb_triggers() LIMIT 1").fetchall()
                 has_trigger = bool(rows)
             except duckdb.Error:
                 return True
-            self._triggers = (epoch, has_trigger)
+            if not own_names:
+                self._triggers = (epoch, has_trigger)
         return has_trigger
 
 
 def is_uncertain(error: BaseException, statements: Statements) -> bool:
     """Whether something may have been committed though ``error`` was raised."""
     if statements.kinds is None:
-        return not isinstance(error, duckdb.ParserException | duckdb.SyntaxException)
+        # 2.x runs what comes before a statement that it cannot parse.
+        is_one = ";" not in statements.sql.rstrip().rstrip(";")
+        return not (is_one and isinstance(error, duckdb.ParserException | duckdb.SyntaxException))
     if len(statements.kinds) > 1:
         return True
     return may_have_committed(error)
@@ -195,6 +209,24 @@ def may_have_committed(error: BaseException) -> bool:
     """Whether a statement that raised ``error`` may have committed all the same."""
     is_certain = isinstance(error, duckdb.Error | ServerError)
     return isinstance(error, _UNCERTAIN) or not is_certain
+
+
+def _with_all(change: Change) -> Change:
+    """``change``, and perhaps of any other table."""
+    return dataclasses.replace(change, catalog=True, unknown=True)
+
+
+def _may_unshadow(statements: Statements) -> bool:
+    """Whether a name may mean a temporary table before and another one on the way."""
+    kinds = statements.kinds
+    if not statements.effects or kinds is None or len(kinds) < 2:
+        return False
+    ends = not {"rollback", ""}.isdisjoint(statements.transactions)
+    return ends or not {"DROP", "ALTER"}.isdisjoint(kinds)
+
+
+def _is_temporary(table: Table) -> bool:
+    return table[0].lower() == "temp"
 
 
 def _written(native: duckdb.DuckDBPyConnection, statement: str) -> Table | None:
@@ -221,23 +253,36 @@ def _planned(native: duckdb.DuckDBPyConnection, statements: Statements) -> list[
 _PART = re.compile(r'"((?:[^"]|"")+)"|([^."]+)')
 
 
-def _named(native: duckdb.DuckDBPyConnection, name: str) -> Table | None:
-    """The full name of the table or view ``name``, there or not, as far as that can be told."""
-    table = _written(native, f"DELETE FROM {name}")
-    if table is not None:
-        return table
-    parts = [quoted.replace('""', '"') or plain for quoted, plain in _PART.findall(name)]
+def _parts(name: str) -> list[str]:
+    return [quoted.replace('""', '"') or plain for quoted, plain in _PART.findall(name)]
+
+
+def _named(native: duckdb.DuckDBPyConnection, name: str, *, is_new: bool = False) -> Table | None:
+    """The full name of the table or view ``name``, there or not; None when that cannot be told.
+
+    ``is_new``: the one that ``CREATE`` makes or replaces, which need not be the one that others
+    mean by the name.
+    """
+    there = _written(native, f"DELETE FROM {name}")
+    if there is not None and not is_new:
+        return there
+    parts = _parts(name)
     if len(parts) == 3:
-        return parts[0], parts[1], parts[2]
+        return there or (parts[0], parts[1], parts[2])
     try:
         rows = native.execute(
             "SELECT current_database(), current_schema(), "
-            "EXISTS (FROM duckdb_databases() WHERE lower(database_name) = lower($1))",
+            "EXISTS (FROM duckdb_databases() WHERE lower(database_name) = lower($1)), "
+            "contains(current_setting('search_path'), ',')",
             [parts[0]],
         ).fetchall()
     except duckdb.Error:
         return None
-    catalog, schema, begins_with_catalog = rows[0]
-    if len(parts) == 1:
-        return catalog, schema, parts[0]
-    return (parts[0], "main", parts[1]) if begins_with_catalog else (catalog, parts[0], parts[1])
+    catalog, schema, begins_with_catalog, has_more_schemas = rows[0]
+    if has_more_schemas:
+        return None
+    table = catalog, schema, parts[-1]
+    if len(parts) == 2:
+        table = (parts[0], "main", parts[1]) if begins_with_catalog else (catalog, *parts)
+    # In the case of the catalog, if that is the one.
+    return there if there is not None and key_of(there) == key_of(table) else table

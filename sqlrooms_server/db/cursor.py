@@ -404,17 +404,20 @@ class SharedCursor:
 
         ``expected`` is what they changed. More than was committed may be returned.
         """
-        words = statements.transactions
+        # Of a text that nobody looked into, it may do anything. "": nobody knows either.
+        words = ("",) if statements.kinds is None else statements.transactions
         was_open = self._in_transaction
+        if statements.kinds is None and failed and expected is None:
+            words = ()
         if not words:
             if was_open is not False:
                 self._pending = joined(self._pending, expected)
             return None if was_open else expected
         everything = joined(self._pending, expected)
-        if statements.kinds is None or len(statements.kinds) > 1:
-            begins = words[-1] == "begin"
-            self._in_transaction = None if failed else begins
-            self._pending = everything if failed or begins else None
+        if statements.kinds is None or len(statements.kinds) > 1 or words == ("",):
+            is_open = None if failed or not words[-1] else words[-1] == "begin"
+            self._in_transaction = is_open
+            self._pending = None if is_open is False else everything
             return everything
         if words == ("begin",):
             self._in_transaction = was_open if failed else True

@@ -16,13 +16,15 @@ from sqlrooms_server.db.lexical import LITERAL_OR_COMMENT
 class Effect(NamedTuple):
     """What one statement may change.
 
-    ``targets`` are names as they stand in the text. ``created`` ones are there only afterwards.
-    ``by_plan``: its plan tells the targets. See :class:`versions.Change` for the others.
+    ``targets`` are names as they stand in the text. ``created`` ones may be there only afterwards,
+    ``renamed`` is what the target is called then. ``by_plan``: its plan tells the targets. See
+    :class:`versions.Change` for the others.
     """
 
     op: str
     targets: tuple[str, ...] = ()
     created: tuple[str, ...] = ()
+    renamed: str = ""
     catalog: bool = False
     unknown: bool = False
     by_plan: bool = False
@@ -32,14 +34,25 @@ class Effect(NamedTuple):
 ANYTHING_CHANGES = Effect("change", catalog=True, unknown=True, settings=True)
 _SETTINGS = Effect("change", catalog=True, settings=True)
 
+# What separates words for every version of DuckDB: other characters that Python calls space belong
+# to names. DuckDB nests comments, and 1.5 ends one at a carriage return; such ones are none here.
+_SPACE = r"[ \t\n\v\f\r]"
+_COMMENT_TEXT = r"--[^\r\n]*(?:\r?\n|\Z)|/\*(?:(?!/\*|\*/).)*\*/"
+_SKIPPED = rf"(?:{_SPACE}|{_COMMENT_TEXT})*"
+_GAP = rf"(?:{_SPACE}|{_COMMENT_TEXT})+"
 _PART = r'(?:[^\W\d][\w$]*|"(?:[^"]|"")+")'
-# Whole: no point may follow, nor a character that could belong to the name.
-_NAME = rf"(?P<name>{_PART}(?:\.{_PART}){{0,2}})(?=[\s(;]|$)(?!\s*\.)"
-_SKIPPED = r"(?:\s|--[^\n]*(?:\n|$)|/\*(?:(?!/\*|\*/).)*\*/)*"
+# Whole: no point may follow, nor a comment that hides one, nor a character that could belong to
+# the name.
+_NAME = (
+    rf"(?P<name>{_PART}(?:\.{_PART}){{0,2}})"
+    rf"(?={_SPACE}|[(;]|\Z)(?!{_SPACE}*(?:\.|--|/\*))"
+)
 _CREATE = r"CREATE\s+(?:OR\s+REPLACE\s+)?"
 
 
 def _words(pattern: str) -> re.Pattern[str]:
+    """``pattern`` where a statement begins; its ``\\s`` may also be comments."""
+    pattern = pattern.replace(r"\s+", _GAP).replace(r"\s*", _SKIPPED)
     return re.compile(_SKIPPED + pattern, re.IGNORECASE | re.DOTALL)
 
 
@@ -58,8 +71,12 @@ _CREATE_TABLE = _words(rf"{_CREATE}(?:TABLE|VIEW)\s+(?:IF\s+NOT\s+EXISTS\s+)?{_N
 _DROP_TABLE = _words(
     rf"DROP\s+(?:TABLE|VIEW)\s+(?:IF\s+EXISTS\s+)?{_NAME}\s*(?:CASCADE|RESTRICT)?\s*;?\s*$"
 )
+_CREATE_OTHER = _words(
+    rf"{_CREATE}(?:(?:PERSISTENT\s+)?SECRET|(?:UNIQUE\s+)?INDEX|SCHEMA|SEQUENCE|MACRO|FUNCTION|TYPE)\b"
+)
 _DROP_OTHER = _words(r"DROP\s+(?:INDEX|SEQUENCE|MACRO|FUNCTION|TYPE|SECRET|TRIGGER)\b")
 _DEALLOCATE = _words(r"DEALLOCATE\b")
+_CASCADE = re.compile(r"\bcascade\b", re.IGNORECASE)
 _ALTER_TABLE = _words(
     rf"ALTER\s+(?:TABLE|VIEW)\s+(?:IF\s+EXISTS\s+)?{_NAME}"
     rf"(?:\s+RENAME\s+TO\s+(?P<new>{_PART})\s*;?\s*$)?"
@@ -72,7 +89,14 @@ _READING_PRAGMA = _words(
     r"metadata_info)\b"
 )
 _BEGIN_OR_END = _words(r"(?P<word>\w+)")
-_MEANINGS = {"commit": "commit", "end": "commit", "rollback": "rollback", "abort": "rollback"}
+_MEANINGS = {
+    "begin": "begin",
+    "start": "begin",
+    "commit": "commit",
+    "end": "commit",
+    "rollback": "rollback",
+    "abort": "rollback",
+}
 _PIVOT = _words(r"(?:PIVOT|UNPIVOT|WITH|FROM|SELECT)\b")
 
 _CHANGING_WORD = re.compile(
@@ -82,6 +106,9 @@ _ANALYZE = re.compile(r"\banaly[sz]e\b", re.IGNORECASE)
 _OTHER_STATEMENT = re.compile(
     r"\b(?:copy|call|attach|detach|pragma|execute|import|set|load|use)\b", re.IGNORECASE
 )
+# Where the versions of DuckDB may differ about what is code, or this module from them: parameters
+# and names hold dollars, too.
+_DOUBTFUL = re.compile(r"[$\\]|\r(?!\n)|/\*(?:(?!\*/).)*/\*", re.DOTALL)
 _LITERAL_OR_COMMENT = re.compile(LITERAL_OR_COMMENT, re.VERBOSE | re.DOTALL)
 
 _SILENT_KINDS = frozenset({"SET", "VARIABLE_SET", "LOAD", "VACUUM", "ANALYZE"})
@@ -91,9 +118,11 @@ _HARMLESS_KINDS = frozenset({"TRANSACTION", "PREPARE", "EXPORT"})
 
 def has_changing_word(sql: str) -> bool:
     """Whether ``sql`` may hold a clause that changes something, outside literals and comments."""
-    return _CHANGING_WORD.search(sql) is not None and (
-        _CHANGING_WORD.search(_LITERAL_OR_COMMENT.sub(" ", sql)) is not None
-    )
+    if _CHANGING_WORD.search(sql) is None:
+        return False
+    if _DOUBTFUL.search(sql) is not None:
+        return True
+    return _CHANGING_WORD.search(_LITERAL_OR_COMMENT.sub(" ", sql)) is not None
 
 
 def effects_of(kinds: tuple[str, ...], texts: tuple[str, ...], sql: str) -> tuple[Effect, ...]:
@@ -111,12 +140,12 @@ def effects_of(kinds: tuple[str, ...], texts: tuple[str, ...], sql: str) -> tupl
 
 
 def transactions_of(kinds: tuple[str, ...], texts: tuple[str, ...]) -> tuple[str, ...]:
-    """ "begin", "commit" or "rollback" for each statement that does that, in order."""
+    """ "begin", "commit" or "rollback" for each statement that does that, in order; "" is any."""
     words = []
     for kind, text in zip(kinds, texts, strict=True):
         if kind == "TRANSACTION":
             match = _BEGIN_OR_END.match(text)
-            words.append(_MEANINGS.get(match["word"].lower(), "begin") if match else "begin")
+            words.append(_MEANINGS.get(match["word"].lower(), "") if match else "")
     return tuple(words)
 
 
@@ -148,11 +177,12 @@ def _of_rows(kind: str, text: str) -> Effect:
 
 
 def _of_create(text: str) -> Effect | None:
-    if _CREATE_TEMPORARY.match(text):
-        return None
+    match = _CREATE_TEMPORARY.match(text)
+    if match is not None:
+        return ANYTHING_CHANGES if has_changing_word(text[match.end() :]) else None
     match = _CREATE_TABLE.match(text)
     if match is None:
-        return Effect("create", catalog=True)
+        return Effect("create", catalog=True, unknown=_CREATE_OTHER.match(text) is None)
     # The word CREATE itself is one.
     writes_more = has_changing_word(text[match.end() :])
     return Effect("create", created=(match["name"],), catalog=True, unknown=writes_more)
@@ -164,18 +194,17 @@ def _of_drop(text: str) -> Effect | None:
     match = _DROP_TABLE.match(text)
     if match is not None:
         return Effect("drop", (match["name"],), catalog=True)
-    return Effect("drop", catalog=True) if _DROP_OTHER.match(text) else ANYTHING_CHANGES
+    if _DROP_OTHER.match(text) is None:
+        return ANYTHING_CHANGES
+    # With a sequence or a type go the tables that use it.
+    return Effect("drop", catalog=True, unknown=_CASCADE.search(text) is not None)
 
 
 def _of_alter(text: str) -> Effect:
     match = _ALTER_TABLE.match(text)
     if match is None:
         return Effect("alter", catalog=True) if _COMMENT.match(text) else ANYTHING_CHANGES
-    old, new = match["name"], match["new"]
-    if new is None:
-        return Effect("alter", (old,), catalog=True)
-    start = old[: len(old) - len(re.split(r'\.(?=(?:[^"]*"[^"]*")*[^"]*$)', old)[-1])]
-    return Effect("alter", (old,), created=(start + new,), catalog=True)
+    return Effect("alter", (match["name"],), renamed=match["new"] or "", catalog=True)
 
 
 def _of_explain(text: str) -> Effect | None:
