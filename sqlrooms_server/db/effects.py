@@ -42,9 +42,9 @@ _SKIPPED = rf"(?:{_SPACE}|{_COMMENT_TEXT})*"
 _GAP = rf"(?:{_SPACE}|{_COMMENT_TEXT})+"
 _PART = r'(?:[^\W\d][\w$]*|"(?:[^"]|"")+")'
 # Whole: no point may follow, nor a comment that hides one, nor a character that could belong to
-# the name.
+# the name. IF begins what may stand before it.
 _NAME = (
-    rf"(?P<name>{_PART}(?:\.{_PART}){{0,2}})"
+    rf"(?P<name>(?!IF\b){_PART}(?:\.{_PART}){{0,2}})"
     rf"(?={_SPACE}|[(;]|\Z)(?!{_SPACE}*(?:\.|--|/\*))"
 )
 _CREATE = r"CREATE\s+(?:OR\s+REPLACE\s+)?"
