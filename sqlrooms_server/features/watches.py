@@ -71,10 +71,12 @@ class Watches:
         keys = None
         if message.tables is not None:
             keys = frozenset(key for name in message.tables for key in self._keys(name))
-        # Before the clock is read, so that what is untold then is told to those before.
+        # Before the clock is read, so that what is untold then is told to those before, and what
+        # comes right afterwards is heard.
         self._flush()
+        watcher = self._watchers[peer] = _Watcher(peer, keys, told=0)
         clock, everything = self._versions.known()
-        watcher = _Watcher(peer, keys, clock)
+        watcher.told = clock
         answer: dict[str, Any] = {
             "versions": self._current(message.tables, everything),
             "version": self._token(clock),
@@ -83,7 +85,6 @@ class Watches:
         if message.since is not None:
             missed = self._missed(watcher, message.since)
             answer["resync"] = missed is None
-        self._watchers[peer] = watcher
         peer.send(encode_reply("watching", message.query_id, **answer))
         if missed:
             peer.send(self._changed(missed, "change", clock))
