@@ -94,8 +94,10 @@ def serve() -> Iterator[Callable[..., ServerProcess]]:
     """Starts server processes with the given arguments; they end with the test."""
     started: list[ServerProcess] = []
 
-    def start(*arguments: str, environment: dict[str, str] | None = None) -> ServerProcess:
-        started.append(ServerProcess(arguments, environment or {}))
+    def start(
+        *arguments: str, environment: dict[str, str] | None = None, cwd: Path | None = None
+    ) -> ServerProcess:
+        started.append(ServerProcess(arguments, environment or {}, cwd=cwd))
         return started[-1]
 
     yield start
