@@ -134,6 +134,31 @@ def test_cache_stats(scripted: ScriptedServer, db: Client, peer: Peer) -> None:
     assert waiting_requests(db) == []
 
 
+def test_each_gets_the_reply_with_its_id(db: Client, peer: Peer) -> None:
+    asking = [in_thread(db.cache_stats) for _ in range(2)]
+    ids = [peer.receive()["queryId"] for _ in asking]
+    for query_id in ids:
+        peer.send(type="cacheStats", queryId=query_id, **{**STATS, "hits": query_id})
+    assert {future.result(DEADLINE).hits for future in asking} == set(ids)
+
+    opening = in_thread(lambda: db.watch(["t"]))
+    first = peer.receive()["queryId"]
+    peer.send(type="error", queryId=first, error="no", code="bad_request")
+    assert isinstance(failure(opening), RequestFailed)
+    opening = in_thread(lambda: db.watch(["u"]))
+    assert peer.receive() == {"type": "unwatch"}
+    second = peer.receive()["queryId"]
+    # Late replies to the first one are not for the second.
+    peer.send(type="watching", queryId=first, versions={"t": 1}, version="v1")
+    peer.send(type="error", queryId=first, error="no", code="bad_request")
+    peer.send(type="watching", queryId=second, versions={"u": 2}, version="v2")
+    peer.send(type="unwatched", queryId=first)
+    changes = opening.result(DEADLINE)
+    assert (changes.versions, changes.version) == ({"u": 2}, "v2")
+    peer.changed({"u": 3}, "v3")
+    assert next(changes).tables == {"u": 3}
+
+
 # Watches
 
 

@@ -223,7 +223,6 @@ class Watch(Feed[Change]):
         return WATCH, self._query_id
 
     def _message(self) -> str:
-        # The id comes back with an error only.
         return encode(type=WATCH, queryId=self._query_id, tables=self._tables, since=self.version)
 
     def _take(self, reply: Reply) -> Change | None:

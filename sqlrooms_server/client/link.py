@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from sqlrooms_server.client.messages import (
     CACHE_STATS,
     CHANGES,
+    NO_ID,
     WATCH,
     CancelAck,
     Change,
@@ -28,9 +29,9 @@ from sqlrooms_server.client.messages import (
     encode,
 )
 
-# Their replies have no id. Each is for the last that waits: any is good for all of them, and one
-# that Ctrl+C kept from being sent must not take the reply of another.
-_WITHOUT_ID = (CACHE_STATS, WATCH)
+# Some servers answer these without their id. Each reply is then for the last that waits: any is
+# good for all of them, and one that Ctrl+C kept from being sent must not take that of another.
+_MAYBE_WITHOUT_ID = (CACHE_STATS, WATCH)
 
 
 class Inbox(Protocol):
@@ -143,11 +144,11 @@ class Link:
 
     def _addressee(self, key: Key, reply: Reply) -> Key:
         kind, query_id = key
-        if kind in _WITHOUT_ID:
+        if query_id == NO_ID and kind in _MAYBE_WITHOUT_ID:
             waiting = [waits for waits in list(self._exchanges) if waits[0] == kind]
             return waiting[-1] if waiting else key
         if isinstance(reply, Failed) and key not in self._exchanges:
-            others = [(kind, query_id) for kind in _WITHOUT_ID]
+            others = [(kind, query_id) for kind in _MAYBE_WITHOUT_ID]
             return next((other for other in others if other in self._exchanges), key)
         return key
 

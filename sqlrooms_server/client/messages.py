@@ -13,9 +13,10 @@ Id = int | str
 Key = tuple[str, Id]
 
 HELLO: Key = ("hello", "")
-# Kinds of requests whose replies have no id, and what belongs to the latest watch.
+# Kinds of requests whose replies may have no id, and what belongs to the latest watch.
 CACHE_STATS, WATCH = "cacheStats", "watch"
 CHANGES: Key = ("changes", "")
+NO_ID = ""
 
 # How results of the server begin.
 _JSON_RESULT = '{"type":"json",'
@@ -265,7 +266,7 @@ def _progress(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
 
 
 def _cache_stats(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
-    return (CACHE_STATS, ""), CacheStats(
+    return (CACHE_STATS, fields.get("queryId", NO_ID)), CacheStats(
         enabled=fields.get("enabled", True),
         hits=fields["hits"],
         misses=fields["misses"],
@@ -279,7 +280,7 @@ def _cache_stats(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
 
 def _watching(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
     reply = Watching(fields["versions"], fields["version"], fields.get("resync", False))
-    return (WATCH, ""), reply
+    return (WATCH, fields.get("queryId", NO_ID)), reply
 
 
 def _changed(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
