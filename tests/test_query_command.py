@@ -11,7 +11,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from sqlrooms_server.client import Progress, connect
+from sqlrooms_server.client import Client, Progress, connect
 from sqlrooms_server.query_command.cells import json_texts, texts
 from sqlrooms_server.query_command.table import TablePreview
 from tests.conftest import LocalServer
@@ -197,6 +198,90 @@ def test_an_output_file(server: LocalServer, tmp_path: Path) -> None:
     assert b"No such file" in nowhere.stderr
 
 
+# Live queries
+
+COUNT = "select count(*)::int as n from t"
+
+
+@contextmanager
+def following(url: str, *arguments: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """The command with ``--live``; it ends with Ctrl+C at the end of the block."""
+    command = [*COMMAND, "--url", url, "--live", *arguments, COUNT]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    with subprocess.Popen(command, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE) == 130
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
+@pytest.fixture
+def db(server: LocalServer) -> Iterator[Client]:
+    with connect(server.url) as client:
+        client.execute("create table t(i int)")
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("format_", "first", "next_"),
+    [
+        ("csv", '"n"\n{}\n', '\n"n"\n{}\n'),
+        ("json", '[{{"n":{}}}]\n', '[{{"n":{}}}]\n'),
+    ],
+)
+def test_live_results(
+    server: LocalServer, db: Client, format_: str, first: str, next_: str
+) -> None:
+    with following(server.url, "--format", format_) as process:
+        assert process.stdout is not None
+        for number, expected in enumerate((first, next_, next_)):
+            text = expected.format(number).encode()
+            assert process.stdout.read(len(text)) == text
+            db.execute("insert into t values (1)")
+
+
+def test_live_results_as_arrow(server: LocalServer, db: Client) -> None:
+    with following(server.url, "--format", "arrow") as process:
+        for number in range(3):
+            assert pa.ipc.open_stream(process.stdout).read_all().to_pydict() == {"n": [number]}
+            db.execute("insert into t values (1)")
+
+
+def test_live_results_in_a_terminal(server: LocalServer, db: Client) -> None:
+    main, terminal = pty.openpty()
+    with following(server.url, stdout=terminal):
+        shown = b""
+        for number in range(1, 3):
+            while len(re.findall(rb"1 row, 1 column, \d\d:\d\d:\d\d\r\n", shown)) < number:
+                shown += os.read(main, 1 << 16)
+            db.execute("insert into t values (1)")
+        assert shown.split(b"\r\n\r\n")[1].splitlines()[:3] == [b"n", b"\xe2\x94\x80", b"1"]
+    os.close(terminal)
+    os.close(main)
+
+
+def test_a_live_query_ends_with_the_error_of_the_server(server: LocalServer, db: Client) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "--url", server.url, "--live", "--format", "json", COUNT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b'[{"n":0}]\n'
+        db.execute("drop table t")
+        assert process.wait(DEADLINE) == 1
+        assert process.stdout.read() == b""
+        assert b"t does not exist" in process.stderr.read()
+    refused = run("--url", server.url, "--live", "from 'x.csv'")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(b"sqlrooms-server query: This query cannot be live")
+    assert refused.stdout == b""
+
+
 # Arguments
 
 
@@ -237,6 +322,8 @@ def test_tokens(launch: Callable[..., LocalServer], tmp_path: Path) -> None:
         (("--token-file", "/nowhere", "select 1"), "/nowhere"),
         (("--url", "http://localhost", "select 1"), "no address"),
         (("--db-path", "x", "select 1"), "--db-path"),
+        (("--live", "--output", "x.csv", "select 1"), "--live takes neither --output"),
+        (("--live", "--format", "parquet", "select 1"), "nor --format parquet"),
     ],
 )
 def test_wrong_arguments(arguments: tuple[str, ...], expected: str) -> None:

@@ -22,6 +22,8 @@ OK, FAILED, USAGE, NO_CONNECTION, INTERRUPTED = 0, 1, 2, 3, 130
 
 _FORMATS = ("table", "json", "csv", "arrow", "parquet")
 _BINARY_FORMATS = ("arrow", "parquet")
+# Results in these are told apart by an empty line.
+_PARTED_FORMATS = ("table", "csv")
 _DEFAULT_URL = "ws://localhost:4000"
 
 _EPILOG = """\
@@ -31,6 +33,11 @@ formats:
   json     an array with one object on each line
   arrow    an Arrow IPC stream
   parquet  a Parquet file
+
+--live:
+  the result, and another one whenever a change of its tables makes it another, until Ctrl+C or an
+  error; a table has the time below it, csv an empty line between results, json one line for each,
+  arrow one stream after the other; --timeout bounds each run
 
 exit status:
   0 done, 1 the query failed, 2 wrong arguments, 3 no connection, 130 interrupted by Ctrl+C, which
@@ -59,6 +66,8 @@ def _main(arguments: Sequence[str]) -> int:
     options.format = options.format or _default_format(options.output)
     if options.format in _BINARY_FORMATS and options.output is None and sys.stdout.isatty():
         parser.error(f"{options.format} is not for a terminal; use --output or a pipe")
+    if options.live and (options.output is not None or options.format == "parquet"):
+        parser.error("--live takes neither --output nor --format parquet")
     try:
         params = _parameters(options.param)
         token = _token(options.token_file)
@@ -83,7 +92,7 @@ def _main(arguments: Sequence[str]) -> int:
         return _fail(f"Cannot connect to {url}: {error}. {hint}", NO_CONNECTION)
     with db:
         try:
-            _query(db, sql, params, options)
+            (_follow if options.live else _query)(db, sql, params, options)
         except RequestFailed as error:
             return _fail(str(error), FAILED)
         except ConnectionLost as error:
@@ -132,6 +141,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--timeout", type=_seconds, metavar="S", help="Seconds that the query may take."
     )
     parser.add_argument("--max-rows", type=_whole, metavar="N", help="Fetch at most N rows.")
+    parser.add_argument(
+        "--live", action="store_true", help="Print the result again whenever it changes."
+    )
     parser.add_argument("--no-progress", action="store_true", help="Show no progress bar.")
     return parser
 
@@ -152,7 +164,7 @@ def _query(db: Client, sql: str, params: Any, options: argparse.Namespace) -> No
         )
         # Opened now, so that a query that fails leaves the old file as it was.
         with result, _opened(options.output) as out:
-            writer = _writer(options, result.schema, out, began)
+            writer = _writer(options, result.schema, out, lambda: _took(began))
             for batch in result:
                 if out.isatty():
                     bar.clear()
@@ -164,17 +176,37 @@ def _query(db: Client, sql: str, params: Any, options: argparse.Namespace) -> No
         bar.clear()
 
 
-def _writer(options: argparse.Namespace, schema: pa.Schema, out: BinaryIO, began: float) -> Writer:
+def _follow(db: Client, sql: str, params: Any, options: argparse.Namespace) -> None:
+    out = sys.stdout.buffer
+    with db.live(sql, params, timeout=options.timeout, max_rows=options.max_rows) as results:
+        for number, result in enumerate(results):
+            if number and options.format in _PARTED_FORMATS:
+                out.write(b"\n")
+            writer = _writer(options, result.schema, out, lambda: time.strftime("%H:%M:%S"))
+            for batch in result:
+                writer.write(batch)
+            writer.end(result.truncated)
+            out.flush()
+
+
+def _took(began: float) -> str:
+    return f"{1000 * (time.monotonic() - began):,.0f} ms"
+
+
+def _writer(
+    options: argparse.Namespace, schema: pa.Schema, out: BinaryIO, note: Callable[[], str]
+) -> Writer:
     from sqlrooms_server.query_command import formats
 
     if options.format == "table":
         is_terminal = options.output is None and sys.stdout.isatty()
         width = shutil.get_terminal_size().columns if is_terminal else None
         is_styled = is_terminal and not os.environ.get("NO_COLOR")
-        return formats.TableWriter(schema, out, width, is_styled, began)
+        return formats.TableWriter(schema, out, width, is_styled, note)
+    if options.format == "json":
+        return formats.JsonWriter(schema, out, is_one_line=options.live)
     writers: dict[str, Callable[[pa.Schema, BinaryIO], Writer]] = {
         "csv": formats.CsvWriter,
-        "json": formats.JsonWriter,
         "arrow": formats.ArrowWriter,
         "parquet": formats.ParquetWriter,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Callable
 from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
@@ -25,31 +25,35 @@ class Writer(Protocol):
 
 
 class TableWriter:
-    """A table for people, and a line that counts."""
+    """A table for people, and a line that counts and ends with what ``note`` says then."""
 
     def __init__(
-        self, schema: pa.Schema, out: BinaryIO, width: int | None, is_styled: bool, began: float
+        self,
+        schema: pa.Schema,
+        out: BinaryIO,
+        width: int | None,
+        is_styled: bool,
+        note: Callable[[], str],
     ) -> None:
         self._schema = schema
         self._out = out
         self._width = width
         self._is_styled = is_styled
-        self._began = began
+        self._note = note
         self._preview = TablePreview(schema)
 
     def write(self, batch: pa.RecordBatch) -> None:
         self._preview.add(batch)
 
     def end(self, truncated: bool) -> None:
-        took = f"{1000 * (time.monotonic() - self._began):,.0f} ms"
         lines = self._preview.lines(self._width, self._is_styled)
         if len(self._schema):
             rows = _count(self._preview.num_rows, "row")
             columns = _count(len(self._schema), "column")
             more = ", there are more" if truncated else ""
-            lines.append(f"{rows}, {columns}, {took}{more}")
+            lines.append(f"{rows}, {columns}, {self._note()}{more}")
         else:
-            lines.append(f"ok, {took}")
+            lines.append(f"ok, {self._note()}")
         self._out.write("".join(f"{line}\n" for line in lines).encode(errors="replace"))
 
 
@@ -82,24 +86,27 @@ class CsvWriter:
 
 
 class JsonWriter:
-    """One JSON array, with one object on each line."""
+    """One JSON array, with one object on each line, or all of it on one."""
 
-    def __init__(self, schema: pa.Schema, out: BinaryIO) -> None:
+    def __init__(self, schema: pa.Schema, out: BinaryIO, is_one_line: bool) -> None:
         self._keys = [json.dumps(name, ensure_ascii=False) for name in _distinct(schema.names)]
         self._out = out
-        self._before = "[\n"
+        self._break = "" if is_one_line else "\n"
+        self._before = self._first = f"[{self._break}"
 
     def write(self, batch: pa.RecordBatch) -> None:
         columns = [
             [f"{key}:{value}" for value in json_texts(column)]
             for key, column in zip(self._keys, batch.columns, strict=True)
         ]
-        rows = ",\n".join(f"{{{','.join(row)}}}" for row in zip(*columns, strict=True))
+        between = f",{self._break}"
+        rows = between.join(f"{{{','.join(row)}}}" for row in zip(*columns, strict=True))
         self._out.write((self._before + rows).encode())
-        self._before = ",\n"
+        self._before = between
 
     def end(self, truncated: bool) -> None:
-        self._out.write(b"[]\n" if self._before == "[\n" else b"\n]\n")
+        is_empty = self._before == self._first
+        self._out.write(b"[]\n" if is_empty else f"{self._break}]\n".encode())
 
 
 class ArrowWriter:
