@@ -24,6 +24,7 @@ from sqlrooms_server.client import (
     RequestFailed,
     connect,
 )
+from sqlrooms_server.db import versions as db_versions
 from tests.conftest import LocalServer, ServerProcess
 from tests.proxy import Proxy
 from tests.test_async_client import connected
@@ -313,6 +314,31 @@ def test_a_client_and_a_server_that_close(launch: Callable[..., LocalServer]) ->
         db.close()
         for future in waiting:
             assert isinstance(failure(future), ConnectionLost)
+
+
+def test_a_commit_while_a_watch_begins(
+    server: LocalServer, db: Client, other: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes when the server has just looked at what has changed, and is told once."""
+    versions = server.server._engine.versions
+    known = versions.known
+
+    def known_before(since: int = 0) -> Any:
+        found = known(since)
+        versions.record(db_versions.Change("insert", (("memory", "main", "t"),)))
+        return found
+
+    with db.watch() as changes:
+        beginning = changes.version
+    for since, end in ((None, "v"), (beginning, "w")):
+        with monkeypatch.context() as patch:
+            patch.setattr(versions, "known", known_before)
+            changes = db.watch(["t", end], since=since)
+        other.execute(f"create table {end}(i int)")
+        told = [change.tables["t"] for change in until(changes, end) if "t" in change.tables]
+        assert told[-1] == versions.version(db_versions.key_of(("memory", "main", "t")))
+        assert sorted(set(told)) == told
+        changes.close()
 
 
 # Lost connections

@@ -105,7 +105,9 @@ class Watches:
         _, tables = self._versions.known(since=clock)
         if not self._versions.is_complete(since=clock):
             return None
-        return self._told(watcher.keys, tables.items())
+        # What is newer still is told like any change.
+        missed = ((table, version) for table, version in tables.items() if version <= watcher.told)
+        return self._told(watcher.keys, missed)
 
     def _keys(self, name: TableName) -> tuple[str, ...]:
         """What ``name`` may mean: in a message, two parts are a schema or a database first."""
