@@ -245,6 +245,7 @@ def test_who_is_slow_gets_the_latest(db: Client, other: Client) -> None:
         ("insert into t values (1)", "one SELECT"),
         ("select 1; select 2", "one SELECT"),
         ("from nowhere", "nowhere does not exist"),
+        ("selec", "Parser Error"),
         ("select i / 0 from t where i = $unbound", "unbound"),
     ],
 )

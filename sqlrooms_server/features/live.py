@@ -232,6 +232,9 @@ class LiveQueries:
         with engine.cursor() as cursor:
             query.cursor = cursor
             statements = engine.classifier.classify(cursor.native, query.sql)
+            if statements.kinds is None:
+                # Raises what DuckDB says about a text that it cannot parse.
+                cursor.native.extract_statements(query.sql)
             if not statements.is_one_select:
                 raise BadRequest("A live query must be one SELECT.")
             reading = engine.readings.of(cursor.native, query.sql)
