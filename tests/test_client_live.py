@@ -246,6 +246,7 @@ def test_who_is_slow_gets_the_latest(db: Client, other: Client) -> None:
         ("select 1; select 2", "one SELECT"),
         ("from nowhere", "nowhere does not exist"),
         ("selec", "Parser Error"),
+        ("select i + $n from t", r"\$n::INTEGER"),
         ("select i / 0 from t where i = $unbound", "unbound"),
     ],
 )

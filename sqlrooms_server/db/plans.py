@@ -71,7 +71,11 @@ def plan_of(native: duckdb.DuckDBPyConnection, sql: str) -> Plan:
     except (duckdb.Error, ValueError) as error:
         raise Unplannable(str(error)) from error
     if serialized.get("error"):
-        raise Unplannable(str(serialized.get("error_message")))
+        reason = str(serialized.get("error_message"))
+        if serialized.get("error_type") == "internal":
+            # What DuckDB 1.5 does with a parameter whose type does not follow from where it stands.
+            reason += " Write the types of its parameters, such as $n::INTEGER"
+        raise Unplannable(reason)
     plan = Plan()
     _collect(serialized["plans"], plan)
     return plan
