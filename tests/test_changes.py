@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 
 from sqlrooms_server.db.cursor import SharedCursor
+from sqlrooms_server.db.effects import effects_of, transactions_of
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.statements import quote_identifier
 from sqlrooms_server.db.uploads import TableWriter, write_table
@@ -347,6 +348,31 @@ def test_nothing_is_looked_into_until_somebody_asks(world: World) -> None:
     world.engine.versions.in_use = False
     assert world.changes("insert into t values (2)") == {"t"}
     assert world.is_unknown and not world.told
+
+
+@pytest.mark.parametrize("gap", [" ", "/**/", "-- x\n", " /* x */"])
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        ("DROP", "drop table t", "/* /* */ */"),
+        ("DROP", "drop table t", "cascade x"),
+        ("ALTER", "alter table t rename to n ", "/* /* */ */"),
+        ("ALTER", "alter table t", "/* /* */ */ rename to n"),
+        ("COPY", "copy t", "/* /* */ */ from 'file'"),
+        ("INSERT", "", "/* /* */ */ insert into t values (1)"),
+        ("INSERT", "insert into t", "/* /* */ */ . t"),
+        ("CREATE", "create", "/* /* */ */ table t(i int)"),
+        ("SELECT", "select 'insert'", "/* /* */ */"),
+        ("TRANSACTION", "", "/* /* */ */ commit"),
+    ],
+)
+def test_looking_takes_linear_time(kind: str, before: str, gap: str, after: str) -> None:
+    """A quadratic search of these texts would take hours; the deadline of the test is minutes."""
+    text = before + gap * 100_000 + after
+    began = time.monotonic()
+    effects_of((kind,), (text,), text)
+    transactions_of((kind,), (text,))
+    assert time.monotonic() - began < 60
 
 
 # Sessions

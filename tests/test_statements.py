@@ -89,6 +89,9 @@ def test_the_memo_is_bounded() -> None:
         ("$tag$ (( $x$ (( $tag$ (", 1),
         ("e'\\'((' (", 1),
         ("E'\\\\' ((", 2),
+        ("select t$x$ (((", 3),
+        ("select \u2603$x$ (((", 3),
+        ("select $x$ ((( $x$ (", 1),
     ],
 )
 def test_nesting(sql: str, depth: int) -> None:

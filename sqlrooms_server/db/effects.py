@@ -69,7 +69,7 @@ _COPY_TO_FILE = _words(rf'COPY\s*(?:\(|{_NAME}\s*(?:\([^)"]*\)\s*)?TO\b)')
 _CREATE_TEMPORARY = _words(rf"{_CREATE}(?:TEMP|TEMPORARY)\b")
 _CREATE_TABLE = _words(rf"{_CREATE}(?:TABLE|VIEW)\s+(?:IF\s+NOT\s+EXISTS\s+)?{_NAME}")
 _DROP_TABLE = _words(
-    rf"DROP\s+(?:TABLE|VIEW)\s+(?:IF\s+EXISTS\s+)?{_NAME}\s*(?:CASCADE|RESTRICT)?\s*;?\s*$"
+    rf"DROP\s+(?:TABLE|VIEW)\s+(?:IF\s+EXISTS\s+)?{_NAME}(?:\s+(?:CASCADE|RESTRICT))?\s*(?:;\s*)?$"
 )
 _CREATE_OTHER = _words(
     rf"{_CREATE}(?:(?:PERSISTENT\s+)?SECRET|(?:UNIQUE\s+)?INDEX|SCHEMA|SEQUENCE|MACRO|FUNCTION|TYPE)\b"
@@ -79,7 +79,7 @@ _DEALLOCATE = _words(r"DEALLOCATE\b")
 _CASCADE = re.compile(r"\bcascade\b", re.IGNORECASE)
 _ALTER_TABLE = _words(
     rf"ALTER\s+(?:TABLE|VIEW)\s+(?:IF\s+EXISTS\s+)?{_NAME}"
-    rf"(?:\s+RENAME\s+TO\s+(?P<new>{_PART})\s*;?\s*$)?"
+    rf"(?:\s+RENAME\s+TO\s+(?P<new>{_PART})\s*(?:;\s*)?$)?"
 )
 _COMMENT = _words(r"COMMENT\s+ON\b")
 _CHECKPOINT = _words(r"(?:FORCE\s+)?CHECKPOINT\b")

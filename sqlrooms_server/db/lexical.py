@@ -9,5 +9,6 @@ LITERAL_OR_COMMENT = r"""
     | "[^"]*"?
     | --[^\n]*
     | /\*(?:.*?\*/|.*)
-    | (\$\w*\$)(?:.*?\1|.*)           # dollar-quoted string
+    # Dollar-quoted string; a dollar behind a letter belongs to a name.
+    | (?<![\w$\x80-\U0010ffff])(\$\w*\$)(?:.*?\1|.*)
     """
