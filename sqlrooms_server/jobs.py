@@ -9,6 +9,7 @@ The states of a job and its allowed steps::
     running -> done      finished or failed
     parked  -> running   there is room again, or its turn has come, and a worker took it
     parked  -> stopping  stopped: a worker closes what it holds
+    parked  -> done      stopped while it waited and held nothing
     stopping -> done     gave up, or finished anyway
 
 A job reaches done, and its callback runs, exactly once.
@@ -58,6 +59,9 @@ class Pause(enum.Enum):
     """It could go on; others may come first."""
     FULL = "full"
     """It cannot go on before :meth:`Job.resume`."""
+    WAIT = "wait"
+    """As FULL, and it holds nothing: to stop it takes no worker, of which none may be free before
+    what it waits for has ended."""
 
 
 Work = Generator[Pause, None, None]
@@ -108,6 +112,8 @@ class Job:
         self._room = False
         # In the queue of jobs that go on.
         self._is_ready = False
+        # Whether it holds nothing while it is parked.
+        self._waits = False
 
     def resume(self) -> None:
         """There is room again for what the work produces. From any thread."""
@@ -327,13 +333,15 @@ class Scheduler:
             if job.stopped is not None:
                 return False
             now = time.monotonic()
-            if pause is Pause.FULL:
+            if pause is not Pause.TURN:
                 if job._room:
                     job._room = False
                     return False
                 job.state = State.PARKED
+                job._waits = pause is Pause.WAIT
             elif (self._turns or self._ready) and now > began + TURN:
                 job.state = State.PARKED
+                job._waits = False
                 self._add_ready(job)
             else:
                 return False
@@ -368,13 +376,17 @@ class Scheduler:
                 return job.state is not State.DONE
             job.stopped = reason
             state = job.state
+            is_idle = True
             if state is State.QUEUED:
                 self._forget_queued(job)
+            elif state is State.PARKED and job._waits and not job._is_ready:
+                self._forget_waiting(job)
             else:
+                is_idle = False
                 job.state = State.STOPPING
                 if state is State.PARKED:
                     self._add_ready(job)
-        if state is State.QUEUED:
+        if is_idle:
             job._work.close()
             self._call_done(job, reason)
         elif state is State.RUNNING:
@@ -396,6 +408,13 @@ class Scheduler:
         if not lane._waiting and lane._has_turn:
             lane._has_turn = False
             self._turns.remove(lane)
+        self._all_done.notify_all()
+
+    def _forget_waiting(self, job: Job) -> None:
+        job.state = State.DONE
+        self._jobs.discard(job)
+        job._lane._open -= 1
+        self._give_turn(job._lane)
         self._all_done.notify_all()
 
     def _finish(self, job: Job, error: BaseException | None) -> None:

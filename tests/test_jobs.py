@@ -407,3 +407,36 @@ def test_stops_and_resumes_at_the_same_time(schedule: Any) -> None:
     assert len(closed) == len(set(closed))
     assert all(job.state is State.DONE for job in jobs)
     assert all(lane._open == 0 and not lane._waiting for lane in scheduler.lanes.values())
+
+
+def test_to_stop_what_waits_takes_no_worker() -> None:
+    scheduler = NamedLanes(1, 10)
+    try:
+        waits = Recorded(scheduler, "a", (Pause.WAIT,))
+        waits.go.set()
+        busy = Recorded(scheduler, "b")
+        # The only worker has left the first job for the second one.
+        assert busy.began.wait(DEADLINE)
+        assert waits.job.stop(Cancelled("enough"))
+        assert waits.job.state is State.DONE
+        assert waits.closed
+        assert [str(error) for error in waits.results] == ["enough"]
+        waits.job.resume()
+        assert not waits.job.stop(Cancelled("again"))
+        busy.go.set()
+        assert busy.ended.wait(DEADLINE)
+        assert len(waits.results) == 1
+    finally:
+        assert scheduler.close(time.monotonic() + DEADLINE)
+
+
+def test_what_waited_goes_on() -> None:
+    scheduler = NamedLanes(1, 10)
+    try:
+        waits = Recorded(scheduler, "a", (Pause.WAIT, Pause.WAIT))
+        waits.go.set()
+        while not waits.ended.wait(0):
+            waits.job.resume()
+        assert waits.results == [None]
+    finally:
+        assert scheduler.close(time.monotonic() + DEADLINE)

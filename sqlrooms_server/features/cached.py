@@ -141,7 +141,7 @@ class CachedQueries:
 
                 self._flights.begin(key, flight, self._compute(cache, flight, query), keep)
             while not flight.is_over:
-                yield Pause.FULL
+                yield Pause.WAIT
         finally:
             request.shared_run = None
             self._flights.leave(key, flight, request)
