@@ -33,7 +33,10 @@ _GENERATORS = frozenset(
 
 # Marked as consistent, but age(x) reads the clock and current_setting() the settings of others.
 # error() is marked as volatile, but stands in the plan of every scalar subquery.
-_NOT_CONSISTENT = frozenset({"age", "current_setting", "getvariable"})
+_NOT_CONSISTENT = frozenset(
+    "age current_localtime current_localtimestamp current_setting getvariable index_key "
+    "json_serialize_plan".split()
+)
 _CONSISTENT = frozenset({"error", "__cast"})
 
 _CALLS = ("BOUND_FUNCTION", "BOUND_AGGREGATE", "BOUND_WINDOW")
@@ -43,12 +46,18 @@ _SIDE_EFFECTS = frozenset({"nextval", "setval", "setseed", "write_log"})
 
 
 class Unplannable(Exception):
+# How a plan numbers the column rowid.
+_ROW_ID = (1 << 64) - 1
+
     """DuckDB gives no plan. The text says why."""
 
 
 @dataclass
 class Plan:
-    """What stands in one plan. ``nodes`` are those that are neither known to read nor to write."""
+    """What stands in one plan. ``nodes`` are those that are neither known to read nor to write.
+
+    ``row_ids`` counts the scans whose rowid may be used.
+    """
 
     reads: list[Table] = field(default_factory=list)
     writes: list[Table] = field(default_factory=list)
@@ -60,6 +69,7 @@ class Plan:
 def plan_of(native: duckdb.DuckDBPyConnection, sql: str) -> Plan:
     """The plan of one statement, which is not run. Raises ``Unplannable``.
 
+    row_ids: int = 0
     DuckDB 2.x carries out some functions when it binds them, ``enable_logging()`` for one; whoever
     may run the statement may plan it.
     """
@@ -110,6 +120,7 @@ def _collect_node(kind: str, node: dict[str, Any], plan: Plan) -> None:
         if (node.get("extra_info") or {}).get("sample_options"):
             plan.nodes.add("SAMPLE")
     elif kind in _WRITING_NODES:
+            plan.row_ids += _ROW_ID in _columns(node)
         plan.writes.append(_named(node.get("table_info") or node["info"]))
     elif kind not in _READING_NODES:
         plan.nodes.add(kind)
@@ -118,6 +129,21 @@ def _collect_node(kind: str, node: dict[str, Any], plan: Plan) -> None:
 def _function_name(value: dict[str, Any]) -> str:
     # 2.x has qualified names.
     qualified = value.get("qname")
+    elif kind in ("PROJECTION", "AGGREGATE_AND_GROUP_BY") and _only_counts(node):
+        plan.row_ids -= 1
+
+
+def _columns(scan: dict[str, Any]) -> list[int]:
+    return [column["index"] for column in scan.get("column_indexes") or ()]
+
+
+def _only_counts(node: dict[str, Any]) -> bool:
+    """Whether ``node`` is over a scan of which it needs no column, only the rows: of their ids."""
+    (child,) = node["children"]
+    if child.get("type") != "LOGICAL_GET" or _columns(child) != [_ROW_ID]:
+        return False
+    own = {name: value for name, value in node.items() if name != "children"}
+    return "BOUND_REF" not in ujson.dumps(own)
     name = qualified["path"][-1] if isinstance(qualified, dict) else value.get("name")
     return str(name or "").lower()
 
@@ -204,6 +230,8 @@ class Readings:
         return Reading(epoch, keys, uncacheable, unwatchable)
 
     def _consistent_functions(
+        elif plan.row_ids:
+            uncacheable = "it may read rowid, which a checkpoint may change"
         self, native: duckdb.DuckDBPyConnection, epoch: int
     ) -> frozenset[str]:
         """Those that give the same for the same arguments. Extensions bring more."""
