@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 
 from sqlrooms_server.cache.entries import SMALL_BYTES, Entry
 
-# What an entry costs besides its body: its key (a SQL text), token and facts, roughly.
+# What an entry costs besides its body and its key: token and facts, roughly.
 OVERHEAD_BYTES = 1024
 
 
@@ -44,10 +45,10 @@ class Memory:
             if not replace and key in self._entries:
                 return
             self._drop(key)
-            if entry.body is None or _cost(entry) > self.largest:
+            if entry.body is None or _cost(key, entry) > self.largest:
                 return
             self._entries[key] = entry
-            self.size += _cost(entry)
+            self.size += _cost(key, entry)
             while self.size > self._budget:
                 self._drop(next(iter(self._entries)))
 
@@ -63,8 +64,11 @@ class Memory:
     def _drop(self, key: Hashable) -> None:
         entry = self._entries.pop(key, None)
         if entry is not None:
-            self.size -= _cost(entry)
+            self.size -= _cost(key, entry)
 
 
-def _cost(entry: Entry) -> int:
-    return entry.size + OVERHEAD_BYTES
+def _cost(key: Hashable, entry: Entry) -> int:
+    # A key holds a SQL text and its parameters, and may be larger than the body.
+    parts = key if isinstance(key, tuple) else (key,)
+    texts = sum(sys.getsizeof(part) for part in parts if isinstance(part, str))
+    return entry.size + texts + OVERHEAD_BYTES

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import duckdb
 
 from sqlrooms_server.db.effects import Effect
-from sqlrooms_server.db.plans import Unplannable, plan_of
+from sqlrooms_server.db.plans import MAX_PLANNED_LENGTH, Unplannable, plan_of
 from sqlrooms_server.db.statements import Statements
 from sqlrooms_server.db.versions import Change, Table, Versions, combined, key_of
 from sqlrooms_server.errors import ServerError
@@ -20,9 +20,6 @@ _MEMO_ENTRIES = 1024
 
 # What a change is called that nobody looks into.
 _SOMETHING = Change("change", catalog=True, unknown=True)
-
-# A plan of a longer text is not worth its size.
-_MAX_PLANNED_LENGTH = 64 << 10
 
 _HAS_TRIGGERS = int(duckdb.__version__.split(".")[0]) >= 2
 
@@ -240,7 +237,7 @@ def _written(native: duckdb.DuckDBPyConnection, statement: str) -> Table | None:
 def _planned(native: duckdb.DuckDBPyConnection, statements: Statements) -> list[Table | None]:
     """What the plan of a single statement writes; [None] when it tells nothing."""
     text = statements.sql
-    if statements.kinds is None or len(statements.kinds) != 1 or len(text) > _MAX_PLANNED_LENGTH:
+    if statements.kinds is None or len(statements.kinds) != 1 or len(text) > MAX_PLANNED_LENGTH:
         return [None]
     try:
         plan = plan_of(native, text)

@@ -16,6 +16,10 @@ import ujson
 from sqlrooms_server.db.versions import Table, Versions, key_of
 
 _MEMO_ENTRIES = 1024
+_MEMO_TEXT_LENGTH = 16 << 10
+
+# The plan of a list of 500,000 numbers holds the interpreter lock for seconds.
+MAX_PLANNED_LENGTH = 64 << 10
 
 # The nodes of plans that read, and of no others.
 _READING_NODES = frozenset(
@@ -31,7 +35,8 @@ _GENERATORS = frozenset(
     "range generate_series unnest repeat repeat_row json_each json_tree".split()
 )
 
-# Marked as consistent, but age(x) reads the clock and current_setting() the settings of others.
+# Marked as consistent, but the first three read the clock, age() with one argument only, and the
+# others settings and the catalog.
 # error() is marked as volatile, but stands in the plan of every scalar subquery.
 _NOT_CONSISTENT = frozenset(
     "age current_localtime current_localtimestamp current_setting getvariable index_key "
@@ -41,14 +46,14 @@ _CONSISTENT = frozenset({"error", "__cast"})
 
 _CALLS = ("BOUND_FUNCTION", "BOUND_AGGREGATE", "BOUND_WINDOW")
 
+# How a plan numbers the column rowid.
+_ROW_ID = (1 << 64) - 1
+
 # Functions that change something when they run, which nobody may do again and again unasked.
 _SIDE_EFFECTS = frozenset({"nextval", "setval", "setseed", "write_log"})
 
 
 class Unplannable(Exception):
-# How a plan numbers the column rowid.
-_ROW_ID = (1 << 64) - 1
-
     """DuckDB gives no plan. The text says why."""
 
 
@@ -64,12 +69,12 @@ class Plan:
     functions: set[str] = field(default_factory=set)
     table_functions: set[str] = field(default_factory=set)
     nodes: set[str] = field(default_factory=set)
+    row_ids: int = 0
 
 
 def plan_of(native: duckdb.DuckDBPyConnection, sql: str) -> Plan:
     """The plan of one statement, which is not run. Raises ``Unplannable``.
 
-    row_ids: int = 0
     DuckDB 2.x carries out some functions when it binds them, ``enable_logging()`` for one; whoever
     may run the statement may plan it.
     """
@@ -115,20 +120,15 @@ def _collect_node(kind: str, node: dict[str, Any], plan: Plan) -> None:
         source = node.get("function_data") or {}
         if function == "seq_scan":
             plan.reads.append((source["catalog"], source["schema"], source["table"]))
+            plan.row_ids += _ROW_ID in _columns(node)
         else:
             plan.table_functions.add(function)
         if (node.get("extra_info") or {}).get("sample_options"):
             plan.nodes.add("SAMPLE")
     elif kind in _WRITING_NODES:
-            plan.row_ids += _ROW_ID in _columns(node)
         plan.writes.append(_named(node.get("table_info") or node["info"]))
     elif kind not in _READING_NODES:
         plan.nodes.add(kind)
-
-
-def _function_name(value: dict[str, Any]) -> str:
-    # 2.x has qualified names.
-    qualified = value.get("qname")
     elif kind in ("PROJECTION", "AGGREGATE_AND_GROUP_BY") and _only_counts(node):
         plan.row_ids -= 1
 
@@ -144,6 +144,11 @@ def _only_counts(node: dict[str, Any]) -> bool:
         return False
     own = {name: value for name, value in node.items() if name != "children"}
     return "BOUND_REF" not in ujson.dumps(own)
+
+
+def _function_name(value: dict[str, Any]) -> str:
+    # 2.x has qualified names.
+    qualified = value.get("qname")
     name = qualified["path"][-1] if isinstance(qualified, dict) else value.get("name")
     return str(name or "").lower()
 
@@ -192,12 +197,16 @@ class Readings:
             # Taken first: a change of the catalog while DuckDB plans makes the answer void.
             epoch = self._versions.epoch
             reading = self._read(native, sql, epoch)
-            if len(self._memo) >= _MEMO_ENTRIES:
-                self._memo.clear()
-            self._memo[sql] = reading
+            if len(sql) <= _MEMO_TEXT_LENGTH:
+                if len(self._memo) >= _MEMO_ENTRIES:
+                    self._memo.clear()
+                self._memo[sql] = reading
         return reading
 
     def _read(self, native: duckdb.DuckDBPyConnection, sql: str, epoch: int) -> Reading:
+        if len(sql) > MAX_PLANNED_LENGTH:
+            reason = f"its text has more than {MAX_PLANNED_LENGTH} characters"
+            return Reading(epoch, (), reason, reason)
         try:
             plan = plan_of(native, sql)
         except Unplannable as error:
@@ -221,6 +230,8 @@ class Readings:
             uncacheable = unwatchable
         elif plan.nodes:
             uncacheable = "it takes a sample"
+        elif plan.row_ids:
+            uncacheable = "it may read rowid, which a checkpoint may change"
         elif foreign:
             uncacheable = f"it reads another database, {min(foreign)}"
         elif inconsistent:
@@ -230,8 +241,6 @@ class Readings:
         return Reading(epoch, keys, uncacheable, unwatchable)
 
     def _consistent_functions(
-        elif plan.row_ids:
-            uncacheable = "it may read rowid, which a checkpoint may change"
         self, native: duckdb.DuckDBPyConnection, epoch: int
     ) -> frozenset[str]:
         """Those that give the same for the same arguments. Extensions bring more."""

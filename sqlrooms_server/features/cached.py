@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Mapping
 
 from sqlrooms_server.cache import Entry, Key, ResultCache
 from sqlrooms_server.db.engine import Engine
-from sqlrooms_server.db.plans import Reading
+from sqlrooms_server.db.plans import MAX_PLANNED_LENGTH, Reading
 from sqlrooms_server.db.results import Chunk, arrow_chunks, json_chunks
 from sqlrooms_server.db.versions import Token
 from sqlrooms_server.features import MessageHandler, Route
@@ -63,7 +63,7 @@ class CachedQueries:
 
     def answer(self, peer: Peer, query: Query) -> bool:
         """Answer ``query`` from memory, on the loop thread; False when that is not possible."""
-        if self._cache is None:
+        if self._cache is None or _is_large(query):
             return False
         self._engine.versions.in_use = True
         entry = self._cache.peek(_key(query))
@@ -87,7 +87,7 @@ class CachedQueries:
     def work(self, request: Request, query: Query, alone: Work) -> Work:
         """Answer ``request`` from the cache, from a run that others wait for, or ``alone``."""
         cache, versions = self._cache, self._engine.versions
-        reading = None if cache is None else self._reading(request, query)
+        reading = None if cache is None or _is_large(query) else self._reading(request, query)
         entry, is_hit = None, False
         if cache is not None and reading is not None and not reading.uncacheable:
             key = _key(query)
@@ -203,6 +203,11 @@ class CachedQueries:
     def _count(self, name: str) -> None:
         with self._lock:
             self._counts[name] += 1
+
+
+def _is_large(query: Query) -> bool:
+    """Whether the parameters are too much to be compared on the loop thread, or the text."""
+    return max(query.options.size, len(query.sql)) > MAX_PLANNED_LENGTH
 
 
 def _key(query: Query) -> Key:
