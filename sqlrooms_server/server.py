@@ -152,7 +152,12 @@ class Server:
 
     def _fingerprint(self) -> dict[str, Any] | None:
         """What tells that the database file is as this server, or the last one, left it."""
-        environment = {"server": __version__, **engine_environment(self.settings.extensions)}
+        environment = {
+            "server": __version__,
+            # Part of what is remembered: it truncates results.
+            "max-result-rows": self.settings.max_result_rows,
+            **engine_environment(self.settings.extensions),
+        }
         return fingerprint(self.settings.db_path, environment)
 
     def _open_cache(self) -> Callable[[], None]:
