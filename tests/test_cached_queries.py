@@ -276,6 +276,29 @@ def test_sessions_see_their_own(wire: Wire) -> None:
     assert rows(ask(wire, "from t")) == [{"a": 1}]
 
 
+@pytest.mark.parametrize("session", [None, "s"])
+def test_several_statements_of_which_the_first_are_committed(
+    server: LocalServer, session: str | None
+) -> None:
+    with server.connect() as one, server.connect() as other:
+        one.exec("create table t as select 1 as a; create table u as select 1 as a")
+        for query in ("from t", "from u"):
+            ask(other, query)
+            assert is_cached(ask(other, query))
+        one.send(type="exec", sql=f"update t set a = 2; {ENDLESS}", queryId=1, session=session)
+        while other.rows("from t") != [{"a": 2}]:
+            pass
+        for _ in range(2):
+            assert rows(ask(other, "from t")) == [{"a": 2}]
+        assert is_cached(ask(other, "from u"))
+        one.send(type="cancel", queryId=1)
+        assert {one.receive()["type"] for _ in range(2)} == {"cancelAck", "error"}
+        for cached in (False, True):
+            reply = ask(other, "from t")
+            assert rows(reply) == [{"a": 2}]
+            assert is_cached(reply) is cached
+
+
 @pytest.mark.parametrize(
     ("table", "change", "like"),
     [

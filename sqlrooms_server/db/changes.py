@@ -118,6 +118,16 @@ class Changes:
         """What was expected is committed."""
         self._versions.record(self.settled(expected))
 
+    @contextlib.contextmanager
+    def under_way(self, expected: Expected | None, statements: Statements) -> Iterator[None]:
+        """While ``statements`` run, which are going to change what is ``expected``."""
+        is_one = statements.kinds is not None and len(statements.kinds) == 1
+        if expected is None or is_one:
+            yield
+            return
+        with self._versions.under_way(self.settled(expected)):
+            yield
+
     def settled(self, expected: Expected) -> Change:
         """What has changed, now that the statements ran."""
         change = expected.change

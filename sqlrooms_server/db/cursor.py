@@ -230,18 +230,19 @@ class Cursor:
         session = self._session
         expected = changes.expect(self.native, statements, own_names=session is not None)
         failed = True
-        try:
-            result = self._run(sql, params, statements, formats)
-            failed = False
-        except BaseException as error:
-            if not is_uncertain(error, statements):
-                expected = None
-            raise
-        finally:
-            if session is not None:
-                expected = session.committed(expected, statements, failed=failed)
-            if expected is not None:
-                changes.record(expected)
+        with changes.under_way(expected, statements):
+            try:
+                result = self._run(sql, params, statements, formats)
+                failed = False
+            except BaseException as error:
+                if not is_uncertain(error, statements):
+                    expected = None
+                raise
+            finally:
+                if session is not None:
+                    expected = session.committed(expected, statements, failed=failed)
+                if expected is not None:
+                    changes.record(expected)
         if statements.is_one_select:
             # It may commit with its last row.
             self._late_change = expected

@@ -7,9 +7,10 @@ settings.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,7 @@ class Versions:
         self._epoch = 0
         self._unknown = 0
         self._settings_changed = False
+        self._under_way: list[Change] = []
         self._versions: dict[str, int] = {}
         self._tables: dict[str, Table] = {}
         self._listeners: list[Callable[[Recorded], None]] = []
@@ -120,6 +122,18 @@ class Versions:
             for listener in self._listeners:
                 listener(recorded)
 
+    @contextlib.contextmanager
+    def under_way(self, change: Change) -> Iterator[None]:
+        """While statements run that commit one by one, and make ``change`` in the end: others see
+        the first of them long before that, so nothing holds that depends on any."""
+        with self._lock:
+            self._under_way.append(change)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way.remove(change)
+
     def token(self, epoch: int, keys: Iterable[str]) -> Token:
         """What a result of these tables depends on now. ``epoch`` is that of the plan."""
         versions = self._versions
@@ -131,7 +145,15 @@ class Versions:
         if epoch != self._epoch:
             return False
         versions = self._versions
-        return all(versions.get(key, 0) == version for key, version in tables)
+        if any(versions.get(key, 0) != version for key, version in tables):
+            return False
+        if not self._under_way:
+            return True
+        keys = {key for key, _ in tables}
+        return not any(
+            change.catalog or not keys.isdisjoint(map(key_of, change.tables))
+            for change in tuple(self._under_way)
+        )
 
     def now(self) -> int:
         """The clock: versions up to it are recorded."""
