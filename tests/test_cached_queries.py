@@ -420,7 +420,17 @@ def test_too_large_results_are_answered_whole(launch: Callable[..., LocalServer]
             assert reply.table().num_rows == 2_500_000
         chunked = stream(wire, LARGE, persist=True)
         assert chunked.table().num_rows == 2_500_000
-        assert stats(wire)["uncacheable"] == 3
+        counted = stats(wire)
+        # It is not computed in vain again.
+        assert (counted["misses"], counted["uncacheable"]) == (1, 3)
+        wire.exec("create table t as select 1 as a")
+        sql = "select range + a as b from range(2500000), t"
+        for misses in (2, 2):
+            ask(wire, sql, type="arrow")
+            assert stats(wire)["misses"] == misses
+        wire.exec("delete from t")
+        for cached in (False, True):
+            assert is_cached(ask(wire, sql, type="arrow")) is cached
         ask(wire, "select 1")
         assert is_cached(ask(wire, "select 1"))
 

@@ -23,7 +23,8 @@ from sqlrooms_server.peer import Peer
 from sqlrooms_server.protocol import arrow_prefix, encode_reply, json_prefix, json_suffix
 from sqlrooms_server.settings import Settings
 
-_MAX_TOO_LARGE = 1024
+# Each holds its key, of up to 64 KiB.
+_MAX_TOO_LARGE = 256
 
 
 class CachedQueries:
@@ -92,12 +93,11 @@ class CachedQueries:
         if cache is not None and reading is not None and not reading.uncacheable:
             key = _key(query)
             token = versions.token(reading.epoch, reading.tables)
-            entry = cache.find(key)
-            is_hit = entry is not None and versions.holds(entry.token)
-            if self._too_large.get(key) == token:
-                entry = None
-            elif not is_hit:
-                entry = yield from self._joined(cache, key, token, request, query)
+            if self._too_large.get(key) != token:
+                entry = cache.find(key)
+                is_hit = entry is not None and versions.holds(entry.token)
+                if not is_hit:
+                    entry = yield from self._joined(cache, key, token, request, query)
         if entry is None:
             self._count("uncacheable")
             yield from alone
