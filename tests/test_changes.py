@@ -71,10 +71,8 @@ class World:
         """What others see in each table."""
         with self.engine.native_cursor() as native:
             tables = native.execute(
-                "SELECT database_name, schema_name, table_name, list((column_name, data_type)) "
-                "FROM duckdb_columns() JOIN duckdb_tables() AS t "
-                "USING (database_name, schema_name, table_name) "
-                "WHERE NOT t.temporary AND NOT t.internal GROUP BY ALL"
+                "SELECT database_name, schema_name, table_name, sql FROM duckdb_tables() "
+                "WHERE NOT temporary AND NOT internal"
             ).fetchall()
             sums = [
                 f"SELECT count(*) || ' ' || sum(hash(x)) FROM {'.'.join(names)} AS x"
@@ -306,9 +304,8 @@ def test_copies(world: World, rows_file: str) -> None:
     assert not world.changes(f"copy (from w) to '{rows_file}'")
 
 
-@pytest.mark.parametrize(
-    "sql",
-    [
+def test_what_changes_nothing_is_not_recorded(world: World) -> None:
+    for sql in (
         "",
         "-- nothing",
         "from t",
@@ -337,11 +334,9 @@ def test_copies(world: World, rows_file: str) -> None:
         "insert",
         "insert into t",
         "selec; ",
-    ],
-)
-def test_what_changes_nothing_is_not_recorded(world: World, sql: str) -> None:
-    assert world.changes(sql) == set()
-    assert world.records == []
+    ):
+        assert world.changes(sql) == set()
+        assert world.records == [], sql
 
 
 def test_nothing_is_looked_into_until_somebody_asks(world: World) -> None:
@@ -392,7 +387,7 @@ def test_looking_takes_linear_time(kind: str, before: str, gap: str, after: str)
         ("abort", False),
     ],
 )
-@pytest.mark.parametrize("begin", ["begin", "start transaction", f"begin {LONG}", "begin; from t"])
+@pytest.mark.parametrize("begin", ["start transaction", f"begin {LONG}"])
 def test_a_session_tells_at_its_end(world: World, begin: str, end: str, is_told: bool) -> None:
     assert not world.changes(begin, "insert into t values (2)", "update u set i = 2", session=1)
     is_long = len(begin) > 1000
