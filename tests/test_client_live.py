@@ -240,7 +240,7 @@ def test_who_is_slow_gets_the_latest(db: Client, other: Client) -> None:
 @pytest.mark.parametrize(
     ("sql", "text"),
     [
-        ("from 'x.csv'", "cannot be live.*x.csv"),
+        ("from 'x.csv'", "x.csv"),
         ("from read_text('/dev/null')", "cannot be live.*read_text"),
         ("insert into t values (1)", "one SELECT"),
         ("select 1; select 2", "one SELECT"),

@@ -278,7 +278,7 @@ def test_a_live_query_ends_with_the_error_of_the_server(server: LocalServer, db:
         assert b"t does not exist" in process.stderr.read()
     refused = run("--url", server.url, "--live", "from 'x.csv'")
     assert refused.returncode == 1
-    assert refused.stderr.startswith(b"sqlrooms-server query: This query cannot be live")
+    assert refused.stderr.startswith(b"sqlrooms-server query: IO Error: No files found")
     assert refused.stdout == b""
 
 

@@ -147,7 +147,8 @@ class Changes:
         try:
             yield
         except BaseException as error:
-            if may_have_committed(error):
+            # An interrupt that execute() reports came before the commit.
+            if may_have_committed(error) and not isinstance(error, duckdb.InterruptException):
                 self._uploaded(native, name, new=new)
             raise
         self._uploaded(native, name, new=new)

@@ -196,6 +196,11 @@ class Cursor:
         if self._interrupted:
             raise Cancelled("The query was cancelled.")
 
+    def bind(self, sql: str) -> None:
+        """Raise what DuckDB says about one SELECT that cannot run. Does not run it."""
+        # Lazy, for a query.
+        self.native.sql(sql)
+
     def run(
         self, sql: str, params: Params | None = None, formats: tuple[str, ...] = ("arrow",)
     ) -> Result | None:

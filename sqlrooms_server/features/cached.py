@@ -17,7 +17,7 @@ from sqlrooms_server.features.chunked import ChunkedRequest
 from sqlrooms_server.features.flights import Flight, Flights
 from sqlrooms_server.features.limits import bound_rows, truncation
 from sqlrooms_server.features.requests import Request, Requests
-from sqlrooms_server.jobs import Pause, Scheduler, Work
+from sqlrooms_server.jobs import Lane, Pause, Scheduler, Work
 from sqlrooms_server.messages import CacheStats, Params, Query
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.protocol import arrow_prefix, encode_reply, json_prefix, json_suffix
@@ -46,6 +46,8 @@ class CachedQueries:
         self._settings = settings
         self._cache = cache
         self._flights = Flights(scheduler)
+        # Those who wait are in the lanes of their connections; what they begin has one there, too.
+        self._lanes: dict[Peer, Lane] = {}
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         # What was found to be too large to keep, so that it is not collected in vain again.
@@ -60,7 +62,7 @@ class CachedQueries:
         return {}
 
     def closed(self, peer: Peer) -> None:
-        pass
+        self._lanes.pop(peer, None)
 
     def answer(self, peer: Peer, query: Query) -> bool:
         """Answer ``query`` from memory, on the loop thread; False when that is not possible."""
@@ -87,6 +89,10 @@ class CachedQueries:
 
     def work(self, request: Request, query: Query, alone: Work) -> Work:
         """Answer ``request`` from the cache, from a run that others wait for, or ``alone``."""
+        lane = self._lanes.setdefault(request.peer, Lane())
+        return self._work(request, query, lane, alone)
+
+    def _work(self, request: Request, query: Query, lane: Lane, alone: Work) -> Work:
         cache, versions = self._cache, self._engine.versions
         reading = None if cache is None or _is_large(query) else self._reading(request, query)
         entry, is_hit = None, False
@@ -97,7 +103,7 @@ class CachedQueries:
                 entry = cache.find(key)
                 is_hit = entry is not None and versions.holds(entry.token)
                 if not is_hit:
-                    entry = yield from self._joined(cache, key, token, request, query)
+                    entry = yield from self._joined(cache, key, token, request, query, lane)
         if entry is None:
             self._count("uncacheable")
             yield from alone
@@ -121,7 +127,13 @@ class CachedQueries:
             return self._engine.readings.of(cursor.native, query.sql)
 
     def _joined(
-        self, cache: ResultCache, key: Key, token: Token, request: Request, query: Query
+        self,
+        cache: ResultCache,
+        key: Key,
+        token: Token,
+        request: Request,
+        query: Query,
+        lane: Lane,
     ) -> Generator[Pause, None, Entry | None]:
         """Wait for the run that computes ``key``; its entry, or None when it is too large."""
 
@@ -139,7 +151,8 @@ class CachedQueries:
                     if flight.entry is not None and self._engine.versions.holds(token):
                         cache.store(key, flight.entry)
 
-                self._flights.begin(key, flight, self._compute(cache, flight, query), keep)
+                run = self._compute(cache, flight, query)
+                self._flights.begin(key, flight, lane, run, keep)
             while not flight.is_over:
                 yield Pause.WAIT
         finally:

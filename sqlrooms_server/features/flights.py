@@ -60,10 +60,13 @@ class Flights:
             flight._waiting[request] = on_over
             return flight, is_new
 
-    def begin(self, key: Key, flight: Flight, work: Work, on_entry: Callable[[], None]) -> None:
+    def begin(
+        self, key: Key, flight: Flight, lane: Lane, work: Work, on_entry: Callable[[], None]
+    ) -> None:
         """Run ``work``, which sets ``flight.entry`` or raises ``Overflow``.
 
-        ``on_entry`` is called before anybody who waits. Raises ``ShuttingDown``.
+        ``lane`` is one for the runs of whoever began it, who waits in another one. ``on_entry`` is
+        called before anybody who waits. Raises ``ShuttingDown``.
         """
 
         def done(error: BaseException | None) -> None:
@@ -74,9 +77,8 @@ class Flights:
             self._over(key, flight)
 
         try:
-            # Whoever began it has had its turn already.
             flight.job = self._scheduler.submit(
-                Lane(), work, flight.interrupt, done, even_if_full=True
+                lane, work, flight.interrupt, done, even_if_full=True
             )
         except ServerError as error:
             flight.failure = error

@@ -59,7 +59,7 @@ class Subscription(Request):
     def stop(self, reason: ServerError) -> bool:
         if self.answered:
             return False
-        self._requests.post(self.fail, reason)
+        self.fail(reason)
         return True
 
 
@@ -239,6 +239,8 @@ class LiveQueries:
                 raise BadRequest("A live query must be one SELECT.")
             reading = engine.readings.of(cursor.native, query.sql)
             if reading.unwatchable:
+                if not statements.parameters:
+                    cursor.bind(query.sql)
                 raise BadRequest(f"This query cannot be live: {reading.unwatchable}.")
             result.token = engine.versions.token(reading.epoch, reading.tables)
             found = cursor.run(query.sql, query.options.params)

@@ -120,11 +120,18 @@ class Watches:
     def _current(
         self, names: Iterable[TableName] | None, everything: dict[Table, int]
     ) -> dict[str, int]:
+        """The versions of ``names``, by what ``changed`` calls those that are known."""
         if names is None:
             return self._told(None, everything.items())
-        return {
-            table_text(name): max(map(self._versions.version, self._keys(name))) for name in names
-        }
+        known = {key_of(table): table for table in everything}
+        current = {}
+        for name in names:
+            keys = [key for key in self._keys(name) if key in known]
+            if not keys:
+                current[table_text(name)] = 0
+            for key in keys:
+                current[self._text(known[key])] = everything[known[key]]
+        return current
 
     def _token(self, clock: int) -> str:
         return f"{self._versions.run}-{clock}"
