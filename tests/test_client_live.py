@@ -241,7 +241,7 @@ def test_who_is_slow_gets_the_latest(db: Client, other: Client) -> None:
     ("sql", "text"),
     [
         ("from 'x.csv'", "x.csv"),
-        ("from read_text('/dev/null')", "cannot be live.*read_text"),
+        ("from read_text('/dev/null')", "cannot be live"),
         ("insert into t values (1)", "one SELECT"),
         ("select 1; select 2", "one SELECT"),
         ("from nowhere", "nowhere does not exist"),

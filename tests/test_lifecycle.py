@@ -80,9 +80,10 @@ def test_clients_that_leave_are_forgotten(server: LocalServer) -> None:
         deadline = time.monotonic() + DEADLINE
         while len(server.server._transport.connections) > 1:
             assert time.monotonic() < deadline
-        while len(server.server._requests._clients) > 1:
+        clients = server.server._requests._clients
+        # The answer to the last one is sent a moment before its id is free.
+        while len(clients) > 1 or any(client.requests for client in list(clients.values())):
             assert time.monotonic() < deadline
-        assert not any(client.requests for client in server.server._requests._clients.values())
 
 
 def test_not_ready_while_duckdb_hangs(server: LocalServer) -> None:

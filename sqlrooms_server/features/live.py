@@ -239,7 +239,7 @@ class LiveQueries:
                 raise BadRequest("A live query must be one SELECT.")
             reading = engine.readings.of(cursor.native, query.sql)
             if reading.unwatchable:
-                if not statements.parameters:
+                if not statements.effects and not statements.parameters:
                     cursor.bind(query.sql)
                 raise BadRequest(f"This query cannot be live: {reading.unwatchable}.")
             result.token = engine.versions.token(reading.epoch, reading.tables)
