@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pyarrow as pa
 import pytest
 
+from sqlrooms_server.jobs import State
 from tests.conftest import LocalServer
 from tests.test_queries import ENDLESS
 from tests.wire import Arrow, Wire
@@ -82,7 +83,7 @@ def test_cancel_while_streaming_json(wire: Wire) -> None:
     assert any('"code":"cancelled"' in text for text in seen)
 
 
-def test_cancel_after_the_work_is_done_but_not_yet_sent(wire: Wire) -> None:
+def test_cancel_after_the_work_is_done_but_not_yet_sent(server: LocalServer, wire: Wire) -> None:
     """A result that fits into the outbox waits for a client that does not read."""
     wire.exec("create table wide as select i, repeat('x', 100) as s from range(60000) t(i)")
     sql = "insert into wide select i + 60000, s from wide returning *"
@@ -91,6 +92,14 @@ def test_cancel_after_the_work_is_done_but_not_yet_sent(wire: Wire) -> None:
     with wire_beside(wire) as other:
         while other.rows("select count(*) as n from wide")[0]["n"] != 120_000:
             pass
+    requests = server.server._requests
+    # The commit is seen a moment before the work is done.
+    while not any(
+        request.query_id == "second" and request.job and request.job.state is State.DONE
+        for client in list(requests._clients.values())
+        for request in list(client.requests.values())
+    ):
+        pass
     wire.send(type="cancel", queryId="second")
     wire.send(type="cancel", queryId="first")
     errors: dict[object, str] = {}
