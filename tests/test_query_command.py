@@ -191,8 +191,8 @@ def test_an_output_file(server: LocalServer, tmp_path: Path) -> None:
     assert run("--url", server.url, "--output", str(path), "selec").returncode == 1
     assert json.loads(path.read_text()) == [{"a": 1}]
     late = "select if(i < 2000000, 1, error('late'))::int as a from range(3000000) t(i)"
-    assert run("--url", server.url, "--output", str(path), late).returncode == 1
-    assert not path.exists()
+    failed = run("--url", server.url, "--output", str(path), late)
+    assert (failed.returncode, path.exists()) == (1, False), failed
     nowhere = run("--url", server.url, "--output", str(tmp_path / "no" / "x.csv"), "select 1")
     assert nowhere.returncode == 1
     assert b"No such file" in nowhere.stderr
