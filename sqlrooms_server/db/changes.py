@@ -55,8 +55,8 @@ class Changes:
 
     def __init__(self, versions: Versions) -> None:
         self._versions = versions
-        # Epoch, and the table behind each name. None: no table that rows can be written to.
-        self._memo: tuple[int, dict[str, Table | None]] = (-1, {})
+        # Epoch, and the table behind each name.
+        self._memo: tuple[int, dict[str, Table]] = (-1, {})
         self._triggers: tuple[int, bool] = (-1, False)
 
     def expect(
@@ -174,14 +174,14 @@ class Changes:
         if known_at != epoch:
             names = {}
             self._memo = (epoch, names)
-        if own_names or name not in names:
+        table = None if own_names else names.get(name)
+        if table is None:
             table = _written(native, f"DELETE FROM {name}")
-            if own_names or table is None:
-                return table
-            if len(names) >= _MEMO_ENTRIES:
-                names.clear()
-            names[name] = table
-        return names[name]
+            if table is not None and not own_names:
+                if len(names) >= _MEMO_ENTRIES:
+                    names.clear()
+                names[name] = table
+        return table
 
     def _has_trigger(
         self, native: duckdb.DuckDBPyConnection, epoch: int, *, own_names: bool
