@@ -104,9 +104,10 @@ class Versions:
             self._clock += 1
             clock = self._clock
             if len(self._versions) > _MAX_TABLES:
+                # First of all: others look without the lock, and 0 must not be taken for never.
+                self._epoch = self._unknown = clock
                 self._versions.clear()
                 self._tables.clear()
-                self._epoch = self._unknown = clock
             if change.catalog:
                 self._epoch = clock
             if change.unknown:
