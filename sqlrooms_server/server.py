@@ -88,7 +88,7 @@ class Server:
         )
         self._health = Health(settings, self._transport.post)
         self._features: Sequence[Feature] = (self._health,)
-        self._routes: dict[str, Route] = dict(self._health.routes)
+        self._routes: list[Route] = list(self._health.routes)
 
     def start(self) -> int:
         """Listen, open the database, and return the port.
@@ -223,7 +223,8 @@ class Server:
         )
         for feature in self._features:
             self._handlers.update(feature.handlers)
-            self._routes.update(feature.routes)
+            if feature is not self._health:
+                self._routes.extend(feature.routes)
 
     def _begin(self) -> None:
         """The database is open: handle what came before."""
@@ -253,6 +254,8 @@ class Server:
     def opened(self, connection: Connection) -> None:
         peer: Peer = connection.handler_data
         peer.attach(connection)
+        for feature in self._features:
+            feature.opened(peer)
         log.debug("%s connected from %s.", peer.id, connection.remote_address)
         if peer.refused:
             self._refuse(peer)
@@ -286,13 +289,28 @@ class Server:
         log.debug("%s left.", peer.id)
 
     def http(self, request: HttpRequest, exchange: Exchange) -> None:
-        route = self._routes.get(request.path)
-        if route is None:
+        routes = [route for route in self._routes if _is_below(request.path, route.path)]
+        allowed = [route for route in routes if route.method == request.method]
+        if not routes:
             exchange.respond(404, b"not found")
-        elif request.method != "GET":
-            exchange.respond(405, b"only GET is allowed here")
-        else:
-            route(request, exchange)
+        elif not allowed:
+            methods = " or ".join(sorted({route.method for route in routes}))
+            exchange.respond(405, f"only {methods} is allowed here".encode())
+        elif allowed[0].is_public or self._may_ask(request, exchange):
+            allowed[0].answer(request, exchange)
+
+    def _may_ask(self, request: HttpRequest, exchange: Exchange) -> bool:
+        """Whether ``request`` passes the gate; answers it otherwise."""
+        refused = self._access.refuses(request)
+        if refused is not None:
+            log.warning("Refused a request from %s: %s.", request.remote_address, refused)
+            exchange.respond(403, f"{refused}\n".encode())
+            return False
+        token = self._access.token_of(request)
+        if self._access.needs_token and (token is None or not self._access.accepts(token)):
+            exchange.respond(401, b"unauthorized")
+            return False
+        return True
 
     def _keep_early(self, connection: Connection, data: bytes, is_text: bool) -> None:
         size = len(data) + _EARLY_ENTRY_BYTES
@@ -331,3 +349,8 @@ class Server:
         log.warning("Closed a connection from %s without a valid token.", peer.remote_address)
         peer.send_error(Unauthorized("unauthorized"))
         peer.close(1008, "unauthorized")
+
+
+def _is_below(path: str, place: str) -> bool:
+    """Whether ``place`` is ``path``, or a directory of it."""
+    return path.startswith(place) if place.endswith("/") else path == place

@@ -12,7 +12,7 @@ from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.plans import MAX_PLANNED_LENGTH, Reading
 from sqlrooms_server.db.results import Chunk, arrow_chunks, json_chunks
 from sqlrooms_server.db.versions import Token
-from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.chunked import ChunkedRequest
 from sqlrooms_server.features.flights import Flight, Flights
 from sqlrooms_server.features.limits import bound_rows, truncation
@@ -27,7 +27,7 @@ from sqlrooms_server.settings import Settings
 _MAX_TOO_LARGE = 256
 
 
-class CachedQueries:
+class CachedQueries(Feature):
     """A feature: answers queries from the cache, or runs them once for all who ask.
 
     ``cache`` is None when results are not kept at all.
@@ -56,10 +56,6 @@ class CachedQueries:
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
         return {CacheStats: self._stats}
-
-    @property
-    def routes(self) -> Mapping[str, Route]:
-        return {}
 
     def closed(self, peer: Peer) -> None:
         self._lanes.pop(peer, None)

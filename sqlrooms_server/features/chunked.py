@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sqlrooms_server.errors import BadRequest, QueryId, Timeout
-from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.requests import Request, Requests
 from sqlrooms_server.messages import Ack
 from sqlrooms_server.outbox import Outbox
@@ -157,7 +157,7 @@ class ChunkedRequest(Request):
         super()._answered()
 
 
-class Acks:
+class Acks(Feature):
     """A feature: it answers nothing to ``ack``, but lets chunked results go on."""
 
     def __init__(self, requests: Requests) -> None:
@@ -166,13 +166,6 @@ class Acks:
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
         return {Ack: self._ack}
-
-    @property
-    def routes(self) -> Mapping[str, Route]:
-        return {}
-
-    def closed(self, peer: Peer) -> None:
-        pass
 
     def _ack(self, peer: Peer, ack: Ack) -> None:
         request = self._requests.find(peer, ack.query_id)

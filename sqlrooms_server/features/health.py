@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import platform
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from sqlrooms_server import __version__
 from sqlrooms_server.db.cursor import DUCKDB_VERSION
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.errors import ServerError
-from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.features import Feature, MessageHandler, Route
 from sqlrooms_server.messages import Hello
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.protocol import PROTOCOL_VERSION, encode
@@ -46,7 +46,7 @@ PROBE_SECONDS = 2.0
 _NO_ANSWER = f"DuckDB did not answer within {PROBE_SECONDS:g} s".encode()
 
 
-class Health:
+class Health(Feature):
     """Tells clients and supervisors what runs here and whether it does."""
 
     def __init__(self, settings: Settings, post: Callable[..., None]) -> None:
@@ -63,11 +63,12 @@ class Health:
         return {Hello: self._hello}
 
     @property
-    def routes(self) -> Mapping[str, Route]:
-        return {"/healthz": self._healthz, "/readyz": self._readyz, "/version": self._version}
-
-    def closed(self, peer: Peer) -> None:
-        pass
+    def routes(self) -> Sequence[Route]:
+        return (
+            Route("GET", "/healthz", self._healthz, is_public=True),
+            Route("GET", "/readyz", self._readyz, is_public=True),
+            Route("GET", "/version", self._version, is_public=True),
+        )
 
     def start(self, engine: Engine) -> None:
         """The database is open: ready from here on."""

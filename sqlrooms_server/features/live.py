@@ -20,7 +20,7 @@ from sqlrooms_server.errors import (
     Timeout,
     TooLarge,
 )
-from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.limits import bound_rows, truncation
 from sqlrooms_server.features.requests import Request, Requests, as_server_error
 from sqlrooms_server.jobs import Job, Lane, Pause, Scheduler, Work
@@ -97,7 +97,7 @@ class _Result:
         self.header: dict[str, object] = {}
 
 
-class LiveQueries:
+class LiveQueries(Feature):
     """A feature. Everything but ``_work`` belongs to the loop thread."""
 
     def __init__(
@@ -124,13 +124,6 @@ class LiveQueries:
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
         return {Live: self._subscribe}
-
-    @property
-    def routes(self) -> Mapping[str, Route]:
-        return {}
-
-    def closed(self, peer: Peer) -> None:
-        pass
 
     def _subscribe(self, peer: Peer, live: Live) -> None:
         self._engine.versions.in_use = True

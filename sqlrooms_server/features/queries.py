@@ -11,7 +11,7 @@ from sqlrooms_server.db.cursor import Cursor, Result
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.results import BROKEN_ARROW, Chunk, arrow_chunks, json_chunks
 from sqlrooms_server.errors import ServerError, TooLarge
-from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.cached import CachedQueries
 from sqlrooms_server.features.chunked import ChunkedRequest
 from sqlrooms_server.features.limits import bound_rows, truncation
@@ -30,7 +30,7 @@ _MAX_SPOOL_BYTES = 1 << 30
 _SPOOL_CHUNK_BYTES = 512 << 10
 
 
-class Queries:
+class Queries(Feature):
     """Runs SQL and sends what comes of it."""
 
     def __init__(
@@ -50,13 +50,6 @@ class Queries:
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
         return {Query: self._submit}
-
-    @property
-    def routes(self) -> Mapping[str, Route]:
-        return {}
-
-    def closed(self, peer: Peer) -> None:
-        pass
 
     def _submit(self, peer: Peer, query: Query) -> None:
         persist = query.options.persist and query.options.session is None

@@ -19,7 +19,7 @@ from sqlrooms_server.errors import (
     ServerError,
     Timeout,
 )
-from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.jobs import Job, Lane, Scheduler, State, Work
 from sqlrooms_server.messages import Cancel
 from sqlrooms_server.outbox import Outbox
@@ -238,7 +238,7 @@ class Request:
             self.on_answered()
 
 
-class Requests:
+class Requests(Feature):
     """The requests of all connections. A feature: it answers ``cancel``."""
 
     def __init__(
@@ -260,10 +260,6 @@ class Requests:
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
         return {Cancel: self._cancel}
-
-    @property
-    def routes(self) -> Mapping[str, Route]:
-        return {}
 
     def submit(self, request: Request, work: Work, lane: Lane | None = None) -> bool:
         """Queue ``work`` for ``request``; False when it was answered with why not.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from sqlrooms_server.db.cursor import Cursor, SharedCursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.errors import Busy, Gone, ServerError
-from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.requests import as_server_error
 from sqlrooms_server.jobs import Lane, Scheduler, Work
 from sqlrooms_server.messages import CloseSession
@@ -40,7 +40,7 @@ class Session:
         self._shared.close()
 
 
-class Sessions:
+class Sessions(Feature):
     """The sessions of all connections. A feature: it answers ``closeSession``."""
 
     def __init__(
@@ -69,10 +69,6 @@ class Sessions:
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
         return {CloseSession: self._close}
-
-    @property
-    def routes(self) -> Mapping[str, Route]:
-        return {}
 
     def use(self, peer: Peer, name: str) -> Session:
         """The session ``name`` of ``peer``, which begins if it is new.

@@ -21,7 +21,7 @@ from sqlrooms_server.errors import (
     Timeout,
     TooLarge,
 )
-from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.requests import Request, Requests
 from sqlrooms_server.jobs import Lane, Pause, Work
 from sqlrooms_server.messages import TableName, Upload, UploadChunk, UploadMode
@@ -149,7 +149,7 @@ class ChunkedUpload(Request):
         super()._answered()
 
 
-class Uploads:
+class Uploads(Feature):
     """Writes tables from what clients send."""
 
     def __init__(self, engine: Engine, requests: Requests, settings: Settings) -> None:
@@ -164,10 +164,6 @@ class Uploads:
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
         return {Upload: self._upload, UploadChunk: self._chunk}
-
-    @property
-    def routes(self) -> Mapping[str, Route]:
-        return {}
 
     def closed(self, peer: Peer) -> None:
         self._lanes.pop(peer, None)

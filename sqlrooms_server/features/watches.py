@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.versions import Recorded, Table, key_of
-from sqlrooms_server.features import MessageHandler, Route
+from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.messages import TableName, Unwatch, Watch
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.protocol import encode, encode_reply, table_text
@@ -33,7 +33,7 @@ class _Watcher:
     is_behind: bool = False
 
 
-class Watches:
+class Watches(Feature):
     """A feature: tells of changes in the order of their commits, each exactly once."""
 
     def __init__(
@@ -58,10 +58,6 @@ class Watches:
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
         return {Watch: self._watch, Unwatch: self._unwatch}
-
-    @property
-    def routes(self) -> Mapping[str, Route]:
-        return {}
 
     def closed(self, peer: Peer) -> None:
         self._watchers.pop(peer, None)
