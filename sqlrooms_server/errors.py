@@ -18,10 +18,12 @@ class StartupError(Exception):
 class ServerError(Exception):
     """Base of the errors a client is told about.
 
-    ``query_id`` is the id of the request that failed, as far as the sender knows it.
+    ``query_id`` is the id of the request that failed, as far as the sender knows it, ``channel``
+    the channel that it is about.
     """
 
     code: ClassVar[str] = "internal"
+    channel: str | None = None
 
     def __init__(self, message: str, query_id: QueryId | None = None) -> None:
         super().__init__(message)
@@ -56,6 +58,12 @@ class Timeout(ServerError):
     """A deadline passed; the text says which and how to raise it."""
 
     code = "timeout"
+
+
+class NotFound(ServerError):
+    """No such thing."""
+
+    code = "not_found"
 
 
 class Gone(ServerError):

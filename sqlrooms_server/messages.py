@@ -27,7 +27,9 @@ class Auth:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """``{type: "hello"}``."""
+    """``{type: "hello", user?}``. ``user`` is what the client calls itself."""
+
+    user: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,52 @@ class Live:
 
 
 @dataclass(frozen=True, slots=True)
+class Subscribe:
+    """``{type: "subscribe", channel, recover?, since?, presence?, queryId?}``."""
+
+    channel: str
+    query_id: QueryId | None
+    recover: bool
+    since: str | None
+    presence: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Unsubscribe:
+    """``{type: "unsubscribe", channel, queryId?}``."""
+
+    channel: str
+    query_id: QueryId | None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Whom a message reaches: connections of ``user``, or the one with an id."""
+
+    user: str | None = None
+    connection: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Notify:
+    """``{type: "notify", channel, payload, to?, queryId?}``. ``size`` is its own in bytes."""
+
+    channel: str
+    payload: Any
+    query_id: QueryId | None
+    to: Target | None = None
+    size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """``{type: "presence", channel, queryId?}``."""
+
+    channel: str
+    query_id: QueryId | None
+
+
+@dataclass(frozen=True, slots=True)
 class CacheStats:
     """``{type: "cacheStats", queryId?}``."""
 
@@ -161,6 +209,10 @@ Message = (
     | Unwatch
     | Live
     | CacheStats
+    | Subscribe
+    | Unsubscribe
+    | Notify
+    | Presence
     | Upload
     | UploadChunk
 )

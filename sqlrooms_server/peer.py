@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import time
+from collections.abc import Sequence
 
 from sqlrooms_server.errors import ServerError
 from sqlrooms_server.protocol import encode_error
@@ -12,12 +14,16 @@ from sqlrooms_server.transport import Connection, FrameSource, Source
 class Peer:
     """A connected client. Its methods belong to the loop thread; after it left they do nothing."""
 
-    __slots__ = ("_connection", "authorised", "id", "refused")
+    __slots__ = ("_connection", "authorised", "connected_at", "id", "refused", "user")
 
     def __init__(self, *, authorised: bool, refused: bool) -> None:
         self.id = secrets.token_hex(8)
         self.authorised = authorised
         self.refused = refused
+        # Seconds since 1970.
+        self.connected_at = time.time()
+        # What it calls itself. Nobody has checked it.
+        self.user: str | None = None
         self._connection: Connection | None = None
 
     def attach(self, connection: Connection) -> None:
@@ -37,6 +43,11 @@ class Peer:
         """Send a text message."""
         if self._connection is not None:
             self._connection.send(message, is_text=True)
+
+    def send_all(self, messages: Sequence[bytes]) -> None:
+        """Send text messages, in as few calls of the kernel as possible."""
+        if self._connection is not None:
+            self._connection.send_all(messages)
 
     def send_binary(self, message: bytes) -> None:
         """Send a binary message."""

@@ -17,6 +17,7 @@ from sqlrooms_server.db.store import create_meta_tables
 from sqlrooms_server.errors import ServerError, ShuttingDown, StartupError, Unauthorized
 from sqlrooms_server.features import Feature, MessageHandler, Route
 from sqlrooms_server.features.cached import CachedQueries
+from sqlrooms_server.features.channels import Channels
 from sqlrooms_server.features.chunked import Acks
 from sqlrooms_server.features.health import Health
 from sqlrooms_server.features.live import LiveQueries
@@ -81,6 +82,7 @@ class Server:
             self,
             TransportLimits(
                 max_message_size=settings.max_message_size,
+                max_body=settings.max_notify_size,
                 max_queued=settings.max_queued_bytes,
                 max_connections=settings.max_connections,
                 idle_timeout=settings.idle_timeout,
@@ -208,6 +210,7 @@ class Server:
             max_sessions=settings.max_sessions,
         )
         cached = CachedQueries(self._engine, self._scheduler, self._requests, settings, self._cache)
+        self.channels = Channels(settings, self._timers, post)
         self._health.start(self._engine)
         # When a client leaves, its requests end before its sessions do.
         self._features = (
@@ -215,6 +218,7 @@ class Server:
             self._requests,
             self._sessions,
             Acks(self._requests),
+            self.channels,
             cached,
             Queries(self._engine, self._requests, self._sessions, cached, settings),
             Uploads(self._engine, self._requests, settings),

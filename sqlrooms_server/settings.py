@@ -107,6 +107,16 @@ class Settings:
     )
     max_sessions_per_connection: int = _setting(16, "Sessions of one connection.")
     max_sessions: int = _setting(256, "Sessions of all connections.")
+    max_channels_per_connection: int = _setting(1000, "Channels that one connection may hear.")
+    max_channels: int = _setting(100_000, "Channels at one time.")
+    max_notify_size: int = _setting(
+        64 << 10, "Largest message to a channel, as a message or over HTTP.", unit="size"
+    )
+    notify_rate: int = _setting(
+        5000, "Messages to channels that a connection may send in a second; 0 means any number."
+    )
+    channel_history: int = _setting(100, "Messages that a channel remembers for reconnects.")
+    channel_history_ttl: int = _setting(300, "Seconds for which it remembers them.")
     max_live_per_connection: int = _setting(64, "Live queries of one connection.")
     max_live: int = _setting(4096, "Live queries of all connections.")
     cache_dir: str = _setting(
@@ -155,6 +165,12 @@ class Settings:
             ("session_idle_timeout", 1, 7 * 24 * 3600),
             ("max_sessions_per_connection", 1, 1_000_000),
             ("max_sessions", 1, 1_000_000),
+            ("max_channels_per_connection", 1, 1_000_000),
+            ("max_channels", 1, 10_000_000),
+            ("max_notify_size", 256, 1 << 30),
+            ("notify_rate", 0, 1_000_000_000),
+            ("channel_history", 0, 1_000_000),
+            ("channel_history_ttl", 1, 7 * 24 * 3600),
             ("max_live_per_connection", 1, 1_000_000),
             ("max_live", 1, 1_000_000),
             ("cache_size", 0, 1 << 50),

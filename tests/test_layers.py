@@ -24,6 +24,7 @@ LAYERS = [
     ["access"],
     ["outbox"],
     ["peer"],
+    ["hub"],
     ["features"],
     ["server"],
     ["cli"],

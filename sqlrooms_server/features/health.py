@@ -39,6 +39,7 @@ FEATURES = (
     "persist",
     "watch",
     "live",
+    "channels",
 )
 
 # A database that has not answered a query by then is not ready, whatever holds it up.
@@ -78,7 +79,9 @@ class Health(Feature):
         """Not ready from here on."""
         self._draining = True
 
-    def _hello(self, peer: Peer, _: Hello) -> None:
+    def _hello(self, peer: Peer, hello: Hello) -> None:
+        if hello.user is not None:
+            peer.user = hello.user
         limits = {
             "maxMessageSize": self._settings.max_message_size,
             "maxSqlLength": self._settings.max_sql_length,

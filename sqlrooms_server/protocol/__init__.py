@@ -5,13 +5,16 @@ The contract is ``docs/protocol.md``.
 
 from __future__ import annotations
 
+from sqlrooms_server.protocol.channels import as_target, channel_name
 from sqlrooms_server.protocol.decode import Limits, decode
+from sqlrooms_server.protocol.fields import decode_json
 from sqlrooms_server.protocol.frames import (
     arrow_prefix,
     encode,
     encode_error,
     encode_ok,
     encode_reply,
+    encode_said,
     json_prefix,
     json_suffix,
 )
@@ -23,11 +26,15 @@ __all__ = [
     "PROTOCOL_VERSION",
     "Limits",
     "arrow_prefix",
+    "as_target",
+    "channel_name",
     "decode",
+    "decode_json",
     "encode",
     "encode_error",
     "encode_ok",
     "encode_reply",
+    "encode_said",
     "json_prefix",
     "json_suffix",
     "parse_table_name",

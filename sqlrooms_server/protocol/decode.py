@@ -24,6 +24,7 @@ from sqlrooms_server.messages import (
     Hello,
     Live,
     Message,
+    Notify,
     Query,
     Unwatch,
     Upload,
@@ -31,10 +32,18 @@ from sqlrooms_server.messages import (
     UploadMode,
     Watch,
 )
+from sqlrooms_server.protocol.channels import (
+    decode_notify,
+    decode_presence,
+    decode_subscribe,
+    decode_unsubscribe,
+    user_name,
+)
 from sqlrooms_server.protocol.fields import (
     bad_request,
     choice,
     flag,
+    given_query_id,
     json_object,
     query_id_in,
     session_name,
@@ -91,6 +100,8 @@ def _decode_text(data: bytes, limits: Limits) -> Message:
         known = ", ".join(sorted(TEXT_DECODERS))
         raise bad_request(fields, f"Unknown message type {shown(kind)}; known are {known}.")
     message = decoder(fields, limits)
+    if isinstance(message, Notify):
+        return dataclasses.replace(message, size=len(data))
     if isinstance(message, Query) and message.options.params is not None:
         options = dataclasses.replace(message.options, size=len(data))
         return dataclasses.replace(message, options=options)
@@ -146,7 +157,7 @@ def _auth(fields: dict[str, Any], limits: Limits) -> Auth:
 
 
 def _hello(fields: dict[str, Any], limits: Limits) -> Hello:
-    return Hello()
+    return Hello(None if fields.get("user") is None else user_name(fields["user"]))
 
 
 def _query(fields: dict[str, Any], limits: Limits) -> Query:
@@ -158,7 +169,7 @@ def _live(fields: dict[str, Any], limits: Limits) -> Live:
 
 
 def _watch(fields: dict[str, Any], limits: Limits) -> Watch:
-    query_id = _given_query_id(fields)
+    query_id = given_query_id(fields)
     tables = fields.get("tables")
     since = fields.get("since")
     if since is not None and not isinstance(since, str):
@@ -176,16 +187,11 @@ def _watch(fields: dict[str, Any], limits: Limits) -> Watch:
 
 
 def _unwatch(fields: dict[str, Any], limits: Limits) -> Unwatch:
-    return Unwatch(_given_query_id(fields))
+    return Unwatch(given_query_id(fields))
 
 
 def _cache_stats(fields: dict[str, Any], limits: Limits) -> CacheStats:
-    return CacheStats(_given_query_id(fields))
-
-
-def _given_query_id(fields: dict[str, Any]) -> QueryId | None:
-    """The query id of a message that needs none."""
-    return query_id_in(fields) if "queryId" in fields else None
+    return CacheStats(given_query_id(fields))
 
 
 def _cancel(fields: dict[str, Any], limits: Limits) -> Cancel:
@@ -221,6 +227,10 @@ TEXT_DECODERS: dict[str, Callable[[dict[str, Any], Limits], Message]] = {
     "unwatch": _unwatch,
     "live": _live,
     "cacheStats": _cache_stats,
+    "subscribe": lambda fields, _: decode_subscribe(fields),
+    "unsubscribe": lambda fields, _: decode_unsubscribe(fields),
+    "notify": lambda fields, _: decode_notify(fields),
+    "presence": lambda fields, _: decode_presence(fields),
 }
 
 

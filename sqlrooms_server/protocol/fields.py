@@ -16,11 +16,16 @@ MAX_SESSION_NAME_LENGTH = 64
 MAX_TIMEOUT_MS = 7 * 24 * 3600 * 1000
 
 
-def json_object(data: bytes, what: str) -> dict[str, Any]:
+def decode_json(data: bytes, what: str) -> Any:
+    """The JSON value in ``data``, which errors call ``what``. Raises ``BadRequest``."""
     try:
-        fields = ujson.loads(data)
+        return ujson.loads(data)
     except ValueError as error:
         raise BadRequest(f"{what} is not JSON: {error}.") from error
+
+
+def json_object(data: bytes, what: str) -> dict[str, Any]:
+    fields = decode_json(data, what)
     if not isinstance(fields, dict):
         raise BadRequest(f"{what} must be a JSON object.")
     return fields
@@ -38,6 +43,11 @@ def query_id_in(fields: dict[str, Any]) -> QueryId:
     raise BadRequest(
         f"queryId must be a non-empty string of at most {MAX_QUERY_ID_LENGTH} bytes or an integer."
     )
+
+
+def given_query_id(fields: dict[str, Any]) -> QueryId | None:
+    """The query id of a message that needs none."""
+    return query_id_in(fields) if "queryId" in fields else None
 
 
 def bad_request(fields: dict[str, Any], text: str) -> BadRequest:

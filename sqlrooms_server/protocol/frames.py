@@ -6,7 +6,7 @@ from typing import Any
 
 import ujson
 
-from sqlrooms_server.errors import QueryId, ServerError
+from sqlrooms_server.errors import BadRequest, QueryId, ServerError
 
 
 def encode(fields: dict[str, Any]) -> bytes:
@@ -20,11 +20,24 @@ def encode_reply(kind: str, query_id: QueryId | None, **fields: Any) -> bytes:
     return encode({**head, **fields})
 
 
+def encode_said(channel: str, payload: Any, offset: str | None = None) -> bytes:
+    """A message of a channel. Raises ``BadRequest`` for a payload that JSON cannot carry."""
+    fields = {"type": "notify", "channel": channel, "payload": payload}
+    if offset is not None:
+        fields["offset"] = offset
+    try:
+        return encode(fields)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise BadRequest(f"payload is not a JSON value: {error}.") from error
+
+
 def encode_error(error: ServerError) -> bytes:
     """The error frame of ``error``; the query id is left out when it is not known."""
     fields: dict[str, Any] = {"type": "error"}
     if error.query_id is not None:
         fields["queryId"] = error.query_id
+    if error.channel is not None:
+        fields["channel"] = error.channel
     fields["error"] = str(error)
     fields["code"] = error.code
     return encode(fields)

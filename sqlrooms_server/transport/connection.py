@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from sqlrooms_server.transport import native
@@ -155,12 +155,7 @@ class Connection:
         if self._ws is None:
             return
         opcode = native.TEXT if is_text else native.BINARY
-        if (
-            self._under_way is None
-            and not self._messages
-            and len(data) <= FRAGMENT_BYTES
-            and self._has_room()
-        ):
+        if len(data) <= FRAGMENT_BYTES and self._is_idle():
             self._write(data, opcode, last=True)
             return
         size = len(data) + _ENTRY_BYTES
@@ -170,6 +165,22 @@ class Connection:
             return
         self._messages.append((_Whole(data), opcode, size))
         self.pump()
+
+    def send_all(self, messages: Sequence[bytes]) -> None:
+        """Send text messages as :meth:`send` does, together."""
+        if len(messages) == 1 or self._ws is None or not self._is_idle():
+            for message in messages:
+                self.send(message, is_text=True)
+        else:
+            native.corked(self._ws, lambda: self._write_all(messages))
+
+    def _write_all(self, messages: Sequence[bytes]) -> None:
+        for message in messages:
+            self.send(message, is_text=True)
+
+    def _is_idle(self) -> bool:
+        """Whether nothing waits, so that what is sent now goes out now."""
+        return self._under_way is None and not self._messages and self._has_room()
 
     def stream(self, source: Source, *, is_text: bool) -> None:
         """Send the message that ``source`` produces, after the streams before it."""

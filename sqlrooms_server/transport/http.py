@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,26 +10,35 @@ from sqlrooms_server.transport import native
 
 _REASONS = {
     200: b"200 OK",
+    400: b"400 Bad Request",
+    401: b"401 Unauthorized",
     403: b"403 Forbidden",
     404: b"404 Not Found",
     405: b"405 Method Not Allowed",
+    413: b"413 Content Too Large",
+    415: b"415 Unsupported Media Type",
+    429: b"429 Too Many Requests",
     500: b"500 Internal Server Error",
     503: b"503 Service Unavailable",
 }
 
 # What the server looks at; uWebSockets reads headers by name.
-_HEADERS = (b"host", b"origin", b"authorization", b"cookie")
+_HEADERS = (b"host", b"origin", b"authorization", b"cookie", b"content-type", b"content-length")
 
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """A request, or the one that a WebSocket begins with. Names of ``headers`` are lower case."""
+    """A request, or the one that a WebSocket begins with. Names of ``headers`` are lower case.
+
+    ``body`` is that of a ``POST``.
+    """
 
     method: str
     path: str
     query: str
     headers: dict[str, str]
     remote_address: str
+    body: bytes = b""
 
 
 def read_request(res: Any, req: Any) -> HttpRequest:
@@ -76,6 +86,30 @@ class Exchange:
         # A refused request may have a body under way, which nothing reads: close then.
         native.lib.uws_res_end(native.PLAIN, res, body, len(body), status != 200)
 
+    def respond_json(self, status: int, body: bytes) -> None:
+        """Answer with JSON text."""
+        self.respond(status, body, "application/json")
+
     def aborted(self) -> None:
         """For the transport: the client went away."""
         self._res = None
+
+
+class Arriving:
+    """A request whose body has not all arrived."""
+
+    def __init__(self, request: HttpRequest, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self._request = request
+        self._body = bytearray()
+
+    @property
+    def size(self) -> int:
+        return len(self._body)
+
+    def add(self, data: bytes) -> None:
+        self._body += data
+
+    def request(self) -> HttpRequest:
+        """The whole request."""
+        return dataclasses.replace(self._request, body=bytes(self._body))

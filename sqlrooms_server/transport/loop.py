@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from sqlrooms_server.errors import StartupError
 from sqlrooms_server.transport import addresses, native
 from sqlrooms_server.transport.connection import Connection
-from sqlrooms_server.transport.http import Exchange, HttpRequest, read_request
+from sqlrooms_server.transport.http import Arriving, Exchange, HttpRequest, read_request
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class TransportLimits:
     """Sizes in bytes, times in seconds."""
 
     max_message_size: int
+    max_body: int
     max_queued: int
     max_connections: int
     idle_timeout: int
@@ -78,6 +79,7 @@ class Transport:
         self._connections: dict[int, Connection] = {}
         self._upgrading: dict[int, Connection] = {}
         self._exchanges: dict[int, Exchange] = {}
+        self._arriving: dict[int, Arriving] = {}
         self._ids = itertools.count(1)
         self._uv: Any = None
         self._loop: Any = None
@@ -209,6 +211,9 @@ class Transport:
         on_http = self._callback("void(uws_res_t*, uws_req_t*, void*)", self._on_http)
         lib.uws_app_any(PLAIN, self._app, b"/*", on_http, ffi.NULL)
         self._on_abort_callback = self._callback("void(uws_res_t*, void*)", self._on_abort)
+        self._on_data_callback = self._callback(
+            "void(uws_res_t*, const char*, size_t, bool, void*)", self._on_data
+        )
 
     def _callback(self, signature: str, function: Callable[..., None]) -> Any:
         callback = ffi.callback(signature, function)
@@ -342,16 +347,45 @@ class Transport:
     def _on_http(self, res: Any, req: Any, user_data: Any) -> None:
         number = next(self._ids)
         exchange = self._exchanges[number] = Exchange(res)
-        lib.uws_res_on_aborted(PLAIN, res, self._on_abort_callback, native.integer_pointer(number))
+        pointer = native.integer_pointer(number)
+        lib.uws_res_on_aborted(PLAIN, res, self._on_abort_callback, pointer)
         try:
-            self._handler.http(read_request(res, req), exchange)
+            request = read_request(res, req)
+            if request.method == "POST":
+                self._arriving[number] = Arriving(request, exchange)
+                lib.uws_res_on_data(PLAIN, res, self._on_data_callback, pointer)
+            else:
+                self._handler.http(request, exchange)
         except Exception:  # loop-callback guard
             log.exception("An HTTP request failed.")
             exchange.respond(500, b"internal error")
-        # Most are answered at once; those that wait are few.
+        self._forget_answered()
+
+    def _on_data(self, res: Any, data: Any, length: int, last: bool, user_data: Any) -> None:
+        number = native.pointer_key(user_data)
+        arriving = self._arriving.get(number)
+        if arriving is None:
+            return
+        arriving.add(native.unpack(data, length))
+        if arriving.size > self._limits.max_body:
+            text = f"The body has more than {self._limits.max_body} bytes (--max-notify-size)."
+            arriving.exchange.respond(413, text.encode())
+        elif last:
+            try:
+                self._handler.http(arriving.request(), arriving.exchange)
+            except Exception:  # loop-callback guard
+                log.exception("An HTTP request failed.")
+                arriving.exchange.respond(500, b"internal error")
+        if last or not arriving.exchange.is_open:
+            del self._arriving[number]
+        self._forget_answered()
+
+    def _forget_answered(self) -> None:
+        """Most are answered at once; those that wait are few."""
         self._exchanges = {n: e for n, e in self._exchanges.items() if e.is_open}
 
     def _on_abort(self, res: Any, user_data: Any) -> None:
+        self._arriving.pop(native.pointer_key(user_data), None)
         exchange = self._exchanges.pop(native.pointer_key(user_data), None)
         if exchange is not None:
             exchange.aborted()
