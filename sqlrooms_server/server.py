@@ -19,6 +19,7 @@ from sqlrooms_server.features import Feature, MessageHandler, Route
 from sqlrooms_server.features.cached import CachedQueries
 from sqlrooms_server.features.channels import Channels
 from sqlrooms_server.features.chunked import Acks
+from sqlrooms_server.features.connections import Connections
 from sqlrooms_server.features.health import Health
 from sqlrooms_server.features.live import LiveQueries
 from sqlrooms_server.features.queries import Queries
@@ -89,7 +90,11 @@ class Server:
             ),
         )
         self._health = Health(settings, self._transport.post)
-        self._features: Sequence[Feature] = (self._health,)
+        self._timers = Timers()
+        self.channels = Channels(settings, self._timers, self._transport.post)
+        self.connections = Connections(self._transport.post, self.channels.channels_of)
+        # Those that need no database. The others join when it is open.
+        self._features: Sequence[Feature] = (self._health, self.connections)
         self._routes: list[Route] = list(self._health.routes)
 
     def start(self) -> int:
@@ -118,7 +123,6 @@ class Server:
             undo.callback(lambda: self._engine.close(time.monotonic() + _DATABASE_CLOSED_BY))
             restore_cache()
             create_meta_tables(self._engine, settings.meta_namespace, settings.meta_db)
-            self._timers = Timers()
             undo.callback(self._timers.close)
             self._scheduler = Scheduler(settings.worker_count, settings.max_queue, self._timers)
             undo.callback(lambda: self._scheduler.close(time.monotonic() + _QUERIES_STOPPED_BY))
@@ -210,11 +214,11 @@ class Server:
             max_sessions=settings.max_sessions,
         )
         cached = CachedQueries(self._engine, self._scheduler, self._requests, settings, self._cache)
-        self.channels = Channels(settings, self._timers, post)
         self._health.start(self._engine)
         # When a client leaves, its requests end before its sessions do.
         self._features = (
             self._health,
+            self.connections,
             self._requests,
             self._sessions,
             Acks(self._requests),

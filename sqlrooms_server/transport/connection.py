@@ -30,8 +30,8 @@ TURN_BYTES = 1 << 20
 # The longest head of a frame that a server sends.
 _FRAME_HEAD_BYTES = 10
 
-# What a queued reply costs besides its bytes.
-_ENTRY_BYTES = 200
+# What a message that waits costs besides its bytes, which others may share.
+_ENTRY_BYTES = 100
 
 
 class Pull(enum.Enum):
@@ -87,6 +87,9 @@ class _Whole:
 _Entry = tuple[Source, int, int]
 """A message to send: its source, its opcode, and the bytes it counts in ``_queued``."""
 
+# "Try again later" of the registry of close codes (RFC 6455, section 7.4.2).
+_TOO_SLOW = 1013
+
 
 class Connection:
     """An open WebSocket. After it closed, every method does nothing.
@@ -100,8 +103,10 @@ class Connection:
         "_close_when_sent",
         "_frame_sources",
         "_frames_are_next",
+        "_is_cut_off",
         "_max_queued",
         "_messages",
+        "_on_cut_off",
         "_post",
         "_queued",
         "_repost",
@@ -118,16 +123,20 @@ class Connection:
         *,
         remote_address: str,
         max_queued: int,
+        on_cut_off: Callable[[Connection], None],
         handler_data: Any,
     ) -> None:
+        """``on_cut_off`` is called, later, when it is given up because the client does not read."""
         self.remote_address = remote_address
+        self._on_cut_off = on_cut_off
+        self._is_cut_off = False
         self.handler_data = handler_data
         self._post = post
         self._max_queued = max_queued
         self._ws: Any = None
         # What uWebSockets holds, or less: asking it costs as much as a small part of a query.
         self._buffered_at_most = 0
-        self._messages: deque[_Entry] = deque()
+        self._messages: deque[tuple[bytes, int]] = deque()
         self._queued = 0
         self._streams: deque[_Entry] = deque()
         # A dictionary for its order. Holds only sources that may have something to send.
@@ -141,7 +150,12 @@ class Connection:
 
     @property
     def is_open(self) -> bool:
-        return self._ws is not None
+        return self._ws is not None and not self._is_cut_off
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether it was given up. Only the close is still sent."""
+        return self._is_cut_off
 
     @property
     def is_behind(self) -> bool:
@@ -152,29 +166,27 @@ class Connection:
 
     def send(self, data: bytes, *, is_text: bool) -> None:
         """Send one message, after those before it. A client that does not read is cut off."""
-        if self._ws is None:
+        if self._ws is None or self._is_cut_off:
             return
         opcode = native.TEXT if is_text else native.BINARY
         if len(data) <= FRAGMENT_BYTES and self._is_idle():
             self._write(data, opcode, last=True)
             return
-        size = len(data) + _ENTRY_BYTES
-        self._queued += size
+        self._queued += len(data) + _ENTRY_BYTES
         if self._queued > self._max_queued:
-            self.abort()
+            self._cut_off()
             return
-        self._messages.append((_Whole(data), opcode, size))
+        self._messages.append((data, opcode))
         self.pump()
 
     def send_all(self, messages: Sequence[bytes]) -> None:
         """Send text messages as :meth:`send` does, together."""
-        if len(messages) == 1 or self._ws is None or not self._is_idle():
-            for message in messages:
-                self.send(message, is_text=True)
+        if len(messages) > 1 and self._ws is not None and self._is_idle():
+            native.corked(self._ws, lambda: self._send_each(messages))
         else:
-            native.corked(self._ws, lambda: self._write_all(messages))
+            self._send_each(messages)
 
-    def _write_all(self, messages: Sequence[bytes]) -> None:
+    def _send_each(self, messages: Sequence[bytes]) -> None:
         for message in messages:
             self.send(message, is_text=True)
 
@@ -184,7 +196,7 @@ class Connection:
 
     def stream(self, source: Source, *, is_text: bool) -> None:
         """Send the message that ``source`` produces, after the streams before it."""
-        if self._ws is None:
+        if not self.is_open:
             source.dropped()
             return
         self._streams.append((source, native.TEXT if is_text else native.BINARY, 0))
@@ -192,7 +204,7 @@ class Connection:
 
     def stream_frames(self, source: FrameSource) -> None:
         """Send the binary messages that ``source`` has ready. To be called when it has more."""
-        if self._ws is None:
+        if not self.is_open:
             source.dropped()
             return
         self._frame_sources[source] = None
@@ -234,7 +246,8 @@ class Connection:
     def _take_up(self) -> None:
         """Choose the message to send next; none when it is the turn of a frame."""
         if self._messages:
-            self._under_way = self._messages.popleft()
+            data, opcode = self._messages.popleft()
+            self._under_way = _Whole(data), opcode, len(data) + _ENTRY_BYTES
         elif self._streams and not (self._frames_are_next and self._frame_sources):
             self._under_way = self._streams.popleft()
             self._frames_are_next = True
@@ -296,7 +309,18 @@ class Connection:
     def closed(self) -> None:
         """For the transport: the socket is gone. Nothing may touch it from here on."""
         self._ws = None
-        entries = [*self._messages, *self._streams]
+        self._drop_all()
+
+    def _cut_off(self) -> None:
+        """Give up a client that does not read, and tell it if it ever does."""
+        self._is_cut_off = True
+        reason = b"The client does not read what it is sent (--max-queued-bytes)."
+        self._close_when_sent = _TOO_SLOW, reason
+        self._drop_all()
+        self._post(self._on_cut_off, self)
+
+    def _drop_all(self) -> None:
+        entries = list(self._streams)
         if self._under_way is not None:
             entries.append(self._under_way)
         frame_sources = list(self._frame_sources)

@@ -293,6 +293,7 @@ class Transport:
                 self.post,
                 remote_address=request.remote_address,
                 max_queued=self._limits.max_queued,
+                on_cut_off=self._cut_off,
                 handler_data=data,
             )
             number = next(self._ids)
@@ -329,6 +330,8 @@ class Transport:
 
     def _on_message(self, ws: Any, data: Any, length: int, opcode: Any, user_data: Any) -> None:
         connection = self._connections[native.pointer_key(ws)]
+        if connection.is_cut_off:
+            return
         message = native.unpack(data, length)
         self._guarded(self._handler.message, connection, message, opcode == native.TEXT)
 
@@ -342,6 +345,12 @@ class Transport:
         if connection is None:
             return
         self._guarded(connection.closed)
+        if not connection.is_cut_off:
+            self._guarded(self._handler.closed, connection)
+
+    def _cut_off(self, connection: Connection) -> None:
+        """Whoever does not read has left, as far as others are concerned."""
+        log.warning("A client at %s does not read and was given up.", connection.remote_address)
         self._guarded(self._handler.closed, connection)
 
     def _on_http(self, res: Any, req: Any, user_data: Any) -> None:
