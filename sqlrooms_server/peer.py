@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from sqlrooms_server import transport
 from sqlrooms_server.errors import ServerError
 from sqlrooms_server.protocol import encode_error
 from sqlrooms_server.transport import Connection, FrameSource, Source
@@ -77,3 +78,8 @@ class Peer:
         """Close after everything that was sent before."""
         if self._connection is not None:
             self._connection.close(code, reason)
+
+
+def broadcast(peers: Iterable[Peer], message: bytes) -> None:
+    """Send a text message to each of many."""
+    transport.broadcast([peer._connection for peer in peers if peer._connection], message)

@@ -10,7 +10,7 @@ How to repeat it, on Linux, from a checkout::
 or two. Both servers get the same DuckDB and the same pyarrow. The published server declares
 DuckDB 1.5 only and is given 2.x all the same; should it fail there, the table says so.
 
-Twelve workloads, by the names that `--only` takes:
+Fifteen workloads, by the names that `--only` takes:
 
 one     `select 1` as Arrow on one connection, asked again when the answer is there.
 many    the same on 8 connections with 4 questions open on each.
@@ -33,6 +33,12 @@ watch   a table that 1,000 connections watch changes: when they are told after t
 live    200 connections follow one live query of which a run takes long, and what it reads
         changes: when the last one has the new result, and the server's CPU time for a change
         beside that with one subscriber.
+fanout  a message to 1,000 connections that subscribe to its channel, the next one when all have it:
+        deliveries a second, and when each arrived.
+stalled 10,000 messages to 100 subscribers, of which 10 do not read until the others have all; the
+        messages a second that those get. Nobody may miss one or get one twice.
+subscribed  what each of 2,000 subscribed connections costs in memory, and the CPU time of all
+        while nothing is said.
 idle    CPU time of a server with one connected client that says nothing, as % of one core.
 
 In-process is the same DuckDB called from Python without any server: for `one` a new cursor and

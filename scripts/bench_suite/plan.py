@@ -144,6 +144,28 @@ WORKLOADS = (
         published=False,
     ),
     Workload(
+        "fanout",
+        (
+            Metric("rate", "one message to 1,000", "/s", True, required=1.5, aim=3),
+            Metric("p99", "  p99 latency", "ms", False, required=1),
+        ),
+        in_process=False,
+    ),
+    Workload(
+        "stalled",
+        (Metric("rate", "10 of 100 stalled", "msg/s", True),),
+        in_process=False,
+        published=False,
+    ),
+    Workload(
+        "subscribed",
+        (
+            Metric("size", "2,000 subscribed, each", "kB", False, required=10, absolute=True),
+            Metric("cpu", "  CPU of all, idle", "%", False, required=0.2, absolute=True),
+        ),
+        in_process=False,
+    ),
+    Workload(
         "idle",
         (
             # The aim is none at all, met by what rounds to 0.0 %: a timer a second is a little.
@@ -179,6 +201,9 @@ FULL = Effort(
         "burst": 3,
         "watch": 3,
         "live": 3,
+        "fanout": 7,
+        "stalled": 3,
+        "subscribed": 3,
         "idle": 3,
     },
     warm_up=0.5,
@@ -198,6 +223,9 @@ QUICK = Effort(
         "burst": 1,
         "watch": 1,
         "live": 1,
+        "fanout": 2,
+        "stalled": 1,
+        "subscribed": 1,
         "idle": 1,
     },
     warm_up=0.2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from . import changes, load
+from . import changes, hub, load
 from .answers import LARGE, MIXED, ONE, gigabyte, numbered
 from .load import Sample
 from .plan import Effort
@@ -22,6 +22,10 @@ EQUAL_QUERIES = 1000
 WATCHERS = 1000
 SUBSCRIBERS = 200
 CHANGES = 10
+SUBSCRIBED = 1000
+STALLED_OF = 100
+STALLED_MESSAGES = 10_000
+IDLE_SUBSCRIBED = 2000
 
 # Bytes under way: of a chunked result, and of an upload, where the server allows 32 MiB.
 WINDOW = 16 << 20
@@ -137,10 +141,25 @@ def _watch(server: Server, effort: Effort, _: bool) -> Sample:
 
 
 def _live(server: Server, effort: Effort, _: bool) -> Sample:
-    _, one = changes.live(server.port, server.usage, 1, CHANGES)
+    _, alone = changes.live(server.port, server.usage, 1, CHANGES)
     with running(server.environment) as another:
-        told, all_ = changes.live(another.port, another.usage, SUBSCRIBERS, CHANGES)
-    return {"last": median(one.last() for one in told) * 1e3, "cpu": all_ / one}
+        told, together = changes.live(another.port, another.usage, SUBSCRIBERS, CHANGES)
+    return {"last": median(one.last() for one in told) * 1e3, "cpu": together / alone}
+
+
+def _fan_out(server: Server, effort: Effort, _: bool) -> Sample:
+    found = hub.fan_out(server.port, SUBSCRIBED, effort.window)
+    return {"rate": found.rate, "p99": found.p99() * 1e3}
+
+
+def _stalled(server: Server, effort: Effort, _: bool) -> Sample:
+    seconds = hub.stalled(server.port, STALLED_OF, STALLED_OF // 10, STALLED_MESSAGES)
+    return {"rate": STALLED_MESSAGES / seconds}
+
+
+def _subscribed(server: Server, effort: Effort, _: bool) -> Sample:
+    size, cpu = hub.subscribed(server.port, server.usage, IDLE_SUBSCRIBED, effort.idle)
+    return {"size": size / 1e3, "cpu": cpu * 100}
 
 
 def _idle(server: Server, effort: Effort, _: bool) -> Sample:
@@ -165,5 +184,8 @@ RUNS: dict[str, Run] = {
     "burst": _burst,
     "watch": _watch,
     "live": _live,
+    "fanout": _fan_out,
+    "stalled": _stalled,
+    "subscribed": _subscribed,
     "idle": _idle,
 }

@@ -14,7 +14,7 @@ from sqlrooms_server.features import Feature, MessageHandler, Route
 from sqlrooms_server.features.rates import Rates
 from sqlrooms_server.hub import Channel, Hearing, Hub, Said
 from sqlrooms_server.messages import Notify, Presence, Subscribe, Target, Unsubscribe
-from sqlrooms_server.peer import Peer
+from sqlrooms_server.peer import Peer, broadcast
 from sqlrooms_server.protocol import (
     as_target,
     channel_name,
@@ -91,17 +91,19 @@ class Channels(Feature):
         """The names of the channels that ``peer`` hears. For the loop thread."""
         return self._hub.channels_of(peer)
 
-    def publish(self, channel: str, payload: Any, to: Target | None = None) -> None:
-        """Say ``payload``, a JSON value, to those who hear ``channel``, or to ``to`` of them.
+    def publish(self, channel: str, payload: Any, to: Mapping[str, str] | None = None) -> None:
+        """Say ``payload``, a JSON value, to those who hear ``channel``.
 
-        From any thread but the loop's; waits while 10,000 messages wait for that. Raises
-        ``BadRequest`` or ``TooLarge``.
+        Only to some of them with ``to``: ``{"user": name}`` or ``{"connection": id}``. From any
+        thread but the loop's; waits while 10,000 messages wait for that. Raises ``BadRequest`` or
+        ``TooLarge``.
         """
         name = channel_name(channel)
+        target = None if to is None else as_target(dict(to))
         plain = encode_said(name, payload)
         self._check_size(len(plain), name)
         self._published.acquire()
-        self._post(self._publish, name, payload, plain, to)
+        self._post(self._publish, name, payload, plain, target)
 
     def _publish(self, name: str, payload: Any, plain: bytes, to: Target | None) -> None:
         self._published.release()
@@ -238,10 +240,11 @@ class Channels(Feature):
             start = end
 
     def _deliver(self, channel: Channel[Peer], sayings: list[_Saying]) -> None:
-        plain = [saying.said.plain for saying in sayings]
-        numbered = [saying.said.numbered for saying in sayings]
-        for member, hearing in list(channel.members.items()):
-            member.send_all(numbered if hearing.recover else plain)
+        members = list(channel.members.items())
+        plain = [member for member, hearing in members if not hearing.recover]
+        numbered = [member for member, hearing in members if hearing.recover]
+        _send(plain, [saying.said.plain for saying in sayings])
+        _send(numbered, [saying.said.numbered for saying in sayings])
         answers: dict[Peer, list[bytes]] = {}
         for saying in sayings:
             sender = saying.sender
@@ -303,6 +306,14 @@ class Channels(Feature):
         if to is None and self._settings.channel_history:
             self._check_room(name, None)
         return {"channel": name, "delivered": self._say(name, payload, plain, to, None, b"")}
+
+
+def _send(peers: list[Peer], messages: list[bytes]) -> None:
+    if len(messages) == 1:
+        broadcast(peers, messages[0])
+    else:
+        for peer in peers:
+            peer.send_all(messages)
 
 
 def _refused(

@@ -4,7 +4,7 @@ uWebSockets runs on a thread of its own, driven through the native layer of sock
 Python classes poll the loop, never report a drained socket, and can lose data.
 """
 
-from sqlrooms_server.transport.connection import Connection, FrameSource, Source
+from sqlrooms_server.transport.connection import Connection, FrameSource, Source, broadcast
 from sqlrooms_server.transport.http import Exchange, HttpRequest
 from sqlrooms_server.transport.loop import Handler, Refusal, Transport, TransportLimits
 
@@ -18,4 +18,5 @@ __all__ = [
     "Source",
     "Transport",
     "TransportLimits",
+    "broadcast",
 ]
