@@ -143,9 +143,9 @@ class Settings:
     )
     workers: int = _setting(0, "Queries that run at one time; 0 means twice the cores, at least 4.")
     idle_timeout: int = _setting(
-        40,
-        "Seconds of silence after which a client that does not answer a ping is disconnected "
-        "(8 to 960).",
+        46,
+        "Seconds of silence after which a client is disconnected that does not answer a ping, "
+        "which it is sent 16 s before (8 to 960).",
     )
     log_level: str = _setting("info", "debug, info, warning or error.")
 
