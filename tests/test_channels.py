@@ -43,7 +43,8 @@ def test_each_subscriber_and_the_sender_once(connect: Callable[[], Wire]) -> Non
     for _ in range(2):
         assert subscribe(one) == {"type": "subscribed", "channel": "c"}
     subscribe(two)
-    for payload in ({"a": [1, 2.5, None, "é", "😀"]}, 10**17, "", None, [], False):
+    payloads: list[Any] = [{"a": [1, 2.5, None, "é", "😀"]}, 10**17, "", None, [], False]
+    for payload in payloads:
         sender.send(type="notify", channel="c", payload=payload)
         assert [sender.receive(), sender.receive()] == [said(payload), ack()]
         assert one.receive() == said(payload)
@@ -186,7 +187,7 @@ def test_limits(launch: Callable[..., LocalServer]) -> None:
         assert "--max-channels)" in two.request(type="subscribe", channel="d")["error"]
         error = two.request(type="notify", channel="c", payload="x" * 1000)
         assert (error["code"], error["channel"]) == ("too_large", "c")
-        answers = []
+        answers: list[Any] = []
         for _ in range(20):
             two.send(type="notify", channel="c", payload=1)
         while len(answers) < 20:

@@ -34,7 +34,7 @@ def test_the_settings_table_is_current() -> None:
     assert renewed(text) == text, "run python -m tests.readme"
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", range(3))
 def test_the_python_snippets_run(server: LocalServer, tmp_path: Path, number: int) -> None:
     code, said = snippets("python")[number]
     script = tmp_path / "snippet.py"
@@ -49,7 +49,7 @@ def test_the_python_snippets_run(server: LocalServer, tmp_path: Path, number: in
 
 
 def test_every_python_snippet_is_run() -> None:
-    assert len(snippets("python")) == 2
+    assert len(snippets("python")) == 3
 
 
 @pytest.mark.timeout(300)

@@ -32,7 +32,11 @@ from tests.test_large_results import abort
 from tests.wire import DEADLINE, Wire
 
 LIMITS = TransportLimits(
-    max_message_size=1 << 20, max_queued=8 << 20, max_connections=100, idle_timeout=8
+    max_message_size=1 << 20,
+    max_body=1 << 10,
+    max_queued=8 << 20,
+    max_connections=100,
+    idle_timeout=8,
 )
 
 

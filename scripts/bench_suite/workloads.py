@@ -141,7 +141,7 @@ def _watch(server: Server, effort: Effort, _: bool) -> Sample:
 
 
 def _live(server: Server, effort: Effort, _: bool) -> Sample:
-    _, alone = changes.live(server.port, server.usage, 1, CHANGES)
+    alone = changes.live(server.port, server.usage, 1, CHANGES)[1]
     with running(server.environment) as another:
         told, together = changes.live(another.port, another.usage, SUBSCRIBERS, CHANGES)
     return {"last": median(one.last() for one in told) * 1e3, "cpu": together / alone}
