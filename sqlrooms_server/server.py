@@ -15,7 +15,7 @@ from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.engine import environment as engine_environment
 from sqlrooms_server.db.store import create_meta_tables
 from sqlrooms_server.errors import ServerError, ShuttingDown, StartupError, Unauthorized
-from sqlrooms_server.features import Feature, MessageHandler, Route
+from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.cached import CachedQueries
 from sqlrooms_server.features.channels import Channels
 from sqlrooms_server.features.chunked import Acks
@@ -95,7 +95,6 @@ class Server:
         self.connections = Connections(self._transport.post, self.channels.channels_of)
         # Those that need no database. The others join when it is open.
         self._features: Sequence[Feature] = (self._health, self.connections)
-        self._routes: list[Route] = list(self._health.routes)
 
     def start(self) -> int:
         """Listen, open the database, and return the port.
@@ -231,8 +230,6 @@ class Server:
         )
         for feature in self._features:
             self._handlers.update(feature.handlers)
-            if feature is not self._health:
-                self._routes.extend(feature.routes)
 
     def _begin(self) -> None:
         """The database is open: handle what came before."""
@@ -297,7 +294,8 @@ class Server:
         log.debug("%s left.", peer.id)
 
     def http(self, request: HttpRequest, exchange: Exchange) -> None:
-        routes = [route for route in self._routes if _is_below(request.path, route.path)]
+        known = (route for feature in self._features for route in feature.routes)
+        routes = [route for route in known if _is_below(request.path, route.path)]
         allowed = [route for route in routes if route.method == request.method]
         if not routes:
             exchange.respond(404, b"not found")

@@ -91,10 +91,9 @@ class Result:
         """Names and DuckDB types of the columns."""
         return columns_of(self._description)
 
-    @property
-    def fits_arrow(self) -> bool:
-        """Whether every column can be read as Arrow. VARIANT cannot on 1.5."""
-        return _fit_arrow(self.columns)
+    def goes_as_json(self, formats: tuple[str, ...]) -> bool:
+        """Whether JSON is the first of ``formats`` to carry it. Arrow of 1.5 has no VARIANT."""
+        return formats[0] == "json" or ("json" in formats and not _fit_arrow(self.columns))
 
     def first_batch(self) -> pa.RecordBatch | None:
         """The first batch that has rows; None when there is none."""

@@ -179,9 +179,7 @@ class CachedQueries(Feature):
                     result, query.options, self._settings.max_result_rows, count=True
                 )
                 first = result.first_batch()
-                is_json = query.formats[0] == "json" or (
-                    "json" in query.formats and not result.fits_arrow
-                )
+                is_json = result.goes_as_json(query.formats)
                 chunks: Iterator[Chunk]
                 if is_json:
                     chunks = json_chunks(result, first, b"", lambda: b"")

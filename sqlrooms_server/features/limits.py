@@ -1,11 +1,11 @@
-"""How many rows a result may have, and what is said when it had more."""
+"""How many rows a result may have, how long it may take, and what is said when it was more."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sqlrooms_server.db.cursor import Result
-from sqlrooms_server.errors import TooLarge
+from sqlrooms_server.errors import Timeout, TooLarge
 from sqlrooms_server.messages import Options
 
 
@@ -35,3 +35,18 @@ def bound_rows(result: Result, options: Options, cap: int, *, count: bool = Fals
 def truncation(result: Result, limit: str) -> dict[str, Any]:
     """What a reply says when rows were left out."""
     return {"truncated": True, "truncatedBy": limit} if result.truncated else {}
+
+
+def deadline(options: Options, limit: float) -> tuple[float, str] | None:
+    """Seconds that a query may take and what that limit is called, if there is one.
+
+    ``limit`` is ``--query-timeout``, or 0.
+    """
+    if options.timeout is not None and not 0 < limit < options.timeout:
+        return options.timeout, "timeoutMs"
+    return (limit, "--query-timeout") if limit else None
+
+
+def out_of_time(seconds: float, name: str) -> Timeout:
+    """What a query ends with that took longer than the limit ``name``."""
+    return Timeout(f"The query took longer than {seconds:g} s ({name}).")

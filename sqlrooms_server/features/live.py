@@ -17,11 +17,10 @@ from sqlrooms_server.errors import (
     Cancelled,
     QueryId,
     ServerError,
-    Timeout,
     TooLarge,
 )
 from sqlrooms_server.features import Feature, MessageHandler
-from sqlrooms_server.features.limits import bound_rows, truncation
+from sqlrooms_server.features.limits import bound_rows, deadline, out_of_time, truncation
 from sqlrooms_server.features.requests import Request, Requests, as_server_error
 from sqlrooms_server.jobs import Job, Lane, Pause, Scheduler, Work
 from sqlrooms_server.messages import Live, Options
@@ -207,13 +206,11 @@ class LiveQueries(Feature):
         query.deadline = self._limit(query, query.job)
 
     def _limit(self, query: _Query, job: Job) -> Timer | None:
-        seconds, name = query.options.timeout, "timeoutMs"
-        limit = self._settings.query_timeout
-        if limit and (seconds is None or limit < seconds):
-            seconds, name = limit, "--query-timeout"
-        if seconds is None:
+        limit = deadline(query.options, self._settings.query_timeout)
+        if limit is None:
             return None
-        error = Timeout(f"The query took longer than {seconds:g} s ({name}).")
+        seconds, name = limit
+        error = out_of_time(seconds, name)
 
         def expire() -> None:
             job.stop(error)

@@ -14,7 +14,7 @@ from sqlrooms_server.errors import ServerError, TooLarge
 from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.cached import CachedQueries
 from sqlrooms_server.features.chunked import ChunkedRequest
-from sqlrooms_server.features.limits import bound_rows, truncation
+from sqlrooms_server.features.limits import bound_rows, deadline, truncation
 from sqlrooms_server.features.requests import Request, Requests
 from sqlrooms_server.features.sessions import Sessions
 from sqlrooms_server.jobs import Pause, Work
@@ -65,11 +65,9 @@ class Queries(Feature):
             submitted = self._requests.submit(request, work)
         if not submitted:
             return
-        limit = self._settings.query_timeout
-        if query.options.timeout is not None and not 0 < limit < query.options.timeout:
-            request.limit(query.options.timeout, "timeoutMs")
-        elif limit:
-            request.limit(limit, "--query-timeout")
+        limit = deadline(query.options, self._settings.query_timeout)
+        if limit is not None:
+            request.limit(*limit)
         if query.options.progress:
             request.tell_progress()
 
@@ -139,7 +137,7 @@ class Queries(Feature):
     ) -> Generator[Pause, None, Iterator[Chunk]]:
         """The reply in the first format that can carry the result."""
         query_id = query.query_id
-        if query.formats[0] == "json" or ("json" in query.formats and not result.fits_arrow):
+        if result.goes_as_json(query.formats):
             return json_chunks(
                 result,
                 first,

@@ -20,6 +20,7 @@ from sqlrooms_server.errors import (
     Timeout,
 )
 from sqlrooms_server.features import Feature, MessageHandler
+from sqlrooms_server.features.limits import out_of_time
 from sqlrooms_server.jobs import Job, Lane, Scheduler, State, Work
 from sqlrooms_server.messages import Cancel
 from sqlrooms_server.outbox import Outbox
@@ -160,7 +161,7 @@ class Request:
 
     def limit(self, seconds: float, name: str) -> None:
         """End with ``timeout``, which calls the limit ``name``, if this takes ``seconds``."""
-        error = Timeout(f"The query took longer than {seconds:g} s ({name}).")
+        error = out_of_time(seconds, name)
         # From the thread of the timers, so that a busy loop does not hold up what relieves it.
         self._deadline = self._requests.timers.after(seconds, lambda: self._time_out(error))
 
