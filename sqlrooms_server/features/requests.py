@@ -138,10 +138,15 @@ class Request:
 
     def done(self, error: BaseException | None) -> None:
         """The job ended. From any thread."""
-        if error is None and self._outbox is not None:
-            self._outbox.finish()
-        else:
+        # The job may end before ``submit`` has set it here; then nobody could stop it.
+        stopped = None if self.job is None else self.job.stopped
+        if error is not None or self._outbox is None:
             self._requests.post(self._finish, error)
+        elif stopped is not None:
+            # The work ended anyway, but the client has not got all of it, and may never ask.
+            self._requests.post(self.fail, stopped)
+        else:
+            self._outbox.finish()
 
     def fail(self, error: ServerError) -> None:
         """Break off what was sent of the reply and send ``error`` after it."""
