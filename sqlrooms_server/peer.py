@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from sqlrooms_server import transport
 from sqlrooms_server.errors import ServerError
 from sqlrooms_server.protocol import encode_error
-from sqlrooms_server.transport import Connection, FrameSource, Source
+from sqlrooms_server.transport import Connection, FrameSource, Source, Topic
 
 
 class Peer:
@@ -80,6 +79,23 @@ class Peer:
             self._connection.close(code, reason)
 
 
-def broadcast(peers: Iterable[Peer], message: bytes) -> None:
-    """Send a text message to each of many."""
-    transport.broadcast([peer._connection for peer in peers if peer._connection], message)
+class Audience:
+    """Clients that hear the same text messages, in the same order."""
+
+    __slots__ = ("_topic",)
+
+    def __init__(self, topic: Topic) -> None:
+        self._topic = topic
+
+    def add(self, peer: Peer) -> None:
+        """Let ``peer`` hear what is sent from now on."""
+        if peer._connection is not None:
+            self._topic.add(peer._connection)
+
+    def discard(self, peer: Peer) -> None:
+        """Let ``peer`` hear no more."""
+        if peer._connection is not None:
+            self._topic.discard(peer._connection)
+
+    def send(self, messages: Sequence[bytes]) -> None:
+        self._topic.send(messages)

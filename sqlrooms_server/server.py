@@ -29,7 +29,7 @@ from sqlrooms_server.features.uploads import Uploads
 from sqlrooms_server.features.watches import Watches
 from sqlrooms_server.jobs import Scheduler
 from sqlrooms_server.messages import Auth, Message
-from sqlrooms_server.peer import Peer
+from sqlrooms_server.peer import Audience, Peer
 from sqlrooms_server.protocol import Limits, decode, encode
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.timers import Timers
@@ -91,7 +91,12 @@ class Server:
         )
         self._health = Health(settings, self._transport.post)
         self._timers = Timers()
-        self.channels = Channels(settings, self._timers, self._transport.post)
+        self.channels = Channels(
+            settings,
+            self._timers,
+            self._transport.post,
+            lambda: Audience(self._transport.topic()),
+        )
         self.connections = Connections(self._transport.post, self.channels.channels_of)
         # Those that need no database. The others join when it is open.
         self._features: Sequence[Feature] = (self._health, self.connections)

@@ -34,7 +34,8 @@ live    200 connections follow one live query of which a run takes long, and wha
         changes: when the last one has the new result, and the server's CPU time for a change
         beside that with one subscriber.
 fanout  a message to 1,000 connections that subscribe to its channel, the next one when all have it:
-        deliveries a second, and when each arrived.
+        deliveries a second, and when each arrived; and in bursts of eight messages. Beside it, as
+        in-process, a program that does nothing but hand each message to each socket.
 stalled 10,000 messages to 100 subscribers, of which 10 do not read until the others have all; the
         messages a second that those get. Nobody may miss one or get one twice.
 subscribed  what each of 2,000 subscribed connections costs in memory, and the CPU time of all

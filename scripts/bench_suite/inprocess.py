@@ -1,6 +1,6 @@
 """The engine alone, in a process of its own: the bound that no server around it can beat.
 
-`python -m bench_suite.inprocess one|mixed|large full|quick` prints the figures as one JSON object.
+`python -m bench_suite.inprocess WORKLOAD full|quick` prints the figures as one JSON object.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import duckdb
 import pyarrow as pa
 
 from .answers import LARGE, MIXED, ONE, Query, Upload, WrongAnswer, gigabyte
+from .hub import bare_fan_out
 from .load import Rate, Sample, Stream
 from .plan import FULL, QUICK, Effort
 from .servers import Usage
-from .workloads import large_sample
+from .workloads import SUBSCRIBED, large_sample
 
 BATCH_ROWS = 10_000
 
@@ -143,11 +144,16 @@ def _upload(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
     return {"mbps": size / 1e6 / seconds}
 
 
+def _fan_out(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
+    return bare_fan_out(SUBSCRIBED, effort.window).sample()
+
+
 RUNS: dict[str, Callable[[duckdb.DuckDBPyConnection, Effort], Sample]] = {
     "one": _one,
     "mixed": _mixed,
     "large": _large,
     "upload": _upload,
+    "fanout": _fan_out,
 }
 
 

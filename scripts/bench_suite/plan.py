@@ -148,8 +148,9 @@ WORKLOADS = (
         (
             Metric("rate", "one message to 1,000", "/s", True, required=1.5, aim=3),
             Metric("p99", "  p99 latency", "ms", False, required=1),
+            Metric("burst", "  in bursts of eight", "/s", True),
         ),
-        in_process=False,
+        in_process=True,
     ),
     Workload(
         "stalled",

@@ -46,6 +46,11 @@ class Usage:
     def reset_peak(self) -> None:
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")
 
+    def stay_on(self, core: int) -> None:
+        """Keep all its threads, and those they start, on one core."""
+        for thread in os.listdir(f"/proc/{self.pid}/task"):
+            os.sched_setaffinity(int(thread), {core})
+
     def _status(self, field: str) -> int:
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
             name, _, value = line.partition(":")
@@ -61,6 +66,25 @@ class Server:
     port: int
     usage: Usage
     environment: Path
+
+
+@contextmanager
+def apart(usage: Usage) -> Iterator[None]:
+    """Keep a process on one core and this one, which puts load on it, on another.
+
+    Where both mostly wait for each other, the kernel may put them on one, and then measures that.
+    """
+    cores = os.sched_getaffinity(0)
+    if len(cores) == 1:
+        yield
+        return
+    first, second = sorted(cores)[:2]
+    usage.stay_on(first)
+    os.sched_setaffinity(0, {second})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from .answers import LARGE, MIXED, ONE, gigabyte, numbered
 from .load import Sample
 from .plan import Effort
 from .replies import Whole
-from .servers import Server, running
+from .servers import Server, apart, running
 from .websocket import Connection
 
 CONNECTIONS, IN_FLIGHT = 8, 4
@@ -148,8 +148,8 @@ def _live(server: Server, effort: Effort, _: bool) -> Sample:
 
 
 def _fan_out(server: Server, effort: Effort, _: bool) -> Sample:
-    found = hub.fan_out(server.port, SUBSCRIBED, effort.window)
-    return {"rate": found.rate, "p99": found.p99() * 1e3}
+    with apart(server.usage):
+        return hub.fan_out(server.port, SUBSCRIBED, effort.window).sample()
 
 
 def _stalled(server: Server, effort: Effort, _: bool) -> Sample:

@@ -14,7 +14,7 @@ from sqlrooms_server.features import Feature, MessageHandler, Route
 from sqlrooms_server.features.rates import Rates
 from sqlrooms_server.hub import Channel, Hearing, Hub, Said
 from sqlrooms_server.messages import Notify, Presence, Subscribe, Target, Unsubscribe
-from sqlrooms_server.peer import Peer, broadcast
+from sqlrooms_server.peer import Audience, Peer
 from sqlrooms_server.protocol import (
     as_target,
     channel_name,
@@ -47,6 +47,22 @@ class _Saying:
     ack: bytes
 
 
+class _Audiences:
+    """The members of one channel, by what they hear."""
+
+    def __init__(self, new_audience: Callable[[], Audience]) -> None:
+        self.plain = new_audience()
+        self.numbered = new_audience()
+
+    def add(self, peer: Peer, *, recover: bool) -> None:
+        self.discard(peer)
+        (self.numbered if recover else self.plain).add(peer)
+
+    def discard(self, peer: Peer) -> None:
+        self.plain.discard(peer)
+        self.numbered.discard(peer)
+
+
 class Channels(Feature):
     """A feature, and what programs publish with: :meth:`publish` may be called by any thread.
 
@@ -54,8 +70,15 @@ class Channels(Feature):
     subscriber one call of the kernel.
     """
 
-    def __init__(self, settings: Settings, timers: Timers, post: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        timers: Timers,
+        post: Callable[..., None],
+        new_audience: Callable[[], Audience],
+    ) -> None:
         self._settings = settings
+        self._new_audience = new_audience
         self._timers = timers
         self._post = post
         self._hub: Hub[Peer] = Hub(
@@ -63,6 +86,8 @@ class Channels(Feature):
             ttl=settings.channel_history_ttl,
             clock=time.monotonic,
         )
+        # Of the channels that have members.
+        self._audiences: dict[Channel[Peer], _Audiences] = {}
         self._rates: Rates[Peer | str] = Rates(settings.notify_rate)
         self._sayings: list[_Saying] = []
         self._forgets = False
@@ -124,6 +149,10 @@ class Channels(Feature):
             self._check_room(name, message)
         hearing = Hearing(recover=message.recover, presence=message.presence)
         channel, is_new = self._hub.join(name, peer, hearing)
+        audiences = self._audiences.get(channel)
+        if audiences is None:
+            audiences = self._audiences[channel] = _Audiences(self._new_audience)
+        audiences.add(peer, recover=message.recover)
         fields: dict[str, Any] = {"channel": name}
         if message.recover:
             recovered = True
@@ -142,8 +171,12 @@ class Channels(Feature):
 
     def _leave(self, name: str, peer: Peer) -> None:
         channel = self._hub.leave(name, peer)
-        if channel is not None:
-            self._tell(channel, "left", peer)
+        if channel is None:
+            return
+        self._audiences[channel].discard(peer)
+        if not channel.members:
+            del self._audiences[channel]
+        self._tell(channel, "left", peer)
 
     def _tell(self, channel: Channel[Peer], event: str, peer: Peer) -> None:
         """Tell those who want to know that ``peer`` joined or left."""
@@ -240,11 +273,10 @@ class Channels(Feature):
             start = end
 
     def _deliver(self, channel: Channel[Peer], sayings: list[_Saying]) -> None:
-        members = list(channel.members.items())
-        plain = [member for member, hearing in members if not hearing.recover]
-        numbered = [member for member, hearing in members if hearing.recover]
-        _send(plain, [saying.said.plain for saying in sayings])
-        _send(numbered, [saying.said.numbered for saying in sayings])
+        audiences = self._audiences.get(channel)
+        if audiences is not None:
+            audiences.plain.send([saying.said.plain for saying in sayings])
+            audiences.numbered.send([saying.said.numbered for saying in sayings])
         answers: dict[Peer, list[bytes]] = {}
         for saying in sayings:
             sender = saying.sender
@@ -306,14 +338,6 @@ class Channels(Feature):
         if to is None and self._settings.channel_history:
             self._check_room(name, None)
         return {"channel": name, "delivered": self._say(name, payload, plain, to, None, b"")}
-
-
-def _send(peers: list[Peer], messages: list[bytes]) -> None:
-    if len(messages) == 1:
-        broadcast(peers, messages[0])
-    else:
-        for peer in peers:
-            peer.send_all(messages)
 
 
 def _refused(

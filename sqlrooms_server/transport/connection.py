@@ -9,10 +9,13 @@ from __future__ import annotations
 import enum
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlrooms_server.transport import native
+
+if TYPE_CHECKING:
+    from sqlrooms_server.transport.topics import Topic, Topics
 
 Chunk = bytes | memoryview
 
@@ -28,7 +31,7 @@ NATIVE_HIGH_BYTES = 1 << 20
 TURN_BYTES = 1 << 20
 
 # The longest head of a frame that a server sends.
-_FRAME_HEAD_BYTES = 10
+FRAME_HEAD_BYTES = 10
 
 # What a message that waits costs besides its bytes, which others may share.
 _ENTRY_BYTES = 100
@@ -106,11 +109,14 @@ class Connection:
         "_is_cut_off",
         "_max_queued",
         "_messages",
+        "_meter",
+        "_metered",
         "_on_cut_off",
         "_post",
         "_queued",
         "_repost",
         "_streams",
+        "_topics",
         "_under_way",
         "_ws",
         "handler_data",
@@ -147,6 +153,15 @@ class Connection:
         self._begun = False
         self._repost = False
         self._close_when_sent: tuple[int, bytes] | None = None
+        # Those that are published to it, which goes past this class as long as nothing waits here.
+        self._topics: dict[Topic, None] = {}
+        self._meter: Topics | None = None
+        self._metered = 0
+
+    @property
+    def ws(self) -> Any:
+        """The socket, for the transport; None when it is closed."""
+        return self._ws
 
     @property
     def is_open(self) -> bool:
@@ -161,7 +176,7 @@ class Connection:
     def is_behind(self) -> bool:
         """Whether complete messages wait, or the socket is full."""
         return self._ws is not None and (
-            bool(self._messages) or native.ws_buffered(native.PLAIN, self._ws) >= NATIVE_HIGH_BYTES
+            bool(self._messages) or self._buffered() >= NATIVE_HIGH_BYTES
         )
 
     def send(self, data: bytes, *, is_text: bool) -> None:
@@ -172,6 +187,7 @@ class Connection:
         if len(data) <= FRAGMENT_BYTES and self._is_idle():
             self._write(data, opcode, last=True)
             return
+        self.leave_topics()
         self._queued += len(data) + _ENTRY_BYTES
         if self._queued > self._max_queued:
             self._cut_off()
@@ -199,6 +215,7 @@ class Connection:
         if not self.is_open:
             source.dropped()
             return
+        self.leave_topics()
         self._streams.append((source, native.TEXT if is_text else native.BINARY, 0))
         self.pump()
 
@@ -212,6 +229,7 @@ class Connection:
 
     def close(self, code: int, reason: str) -> None:
         """Close with ``code`` once everything before was sent."""
+        self.leave_topics()
         self._close_when_sent = (code, reason.encode())
         self.pump()
 
@@ -237,10 +255,61 @@ class Connection:
             budget -= size
         self._close_if_sent()
 
+    def join_topic(self, topic: Topic, topics: Topics) -> bool:
+        """For ``topic``: whether it may be published here until :meth:`Topic.serve_apart`."""
+        if not self.is_open or self._close_when_sent is not None:
+            return False
+        if self._under_way is not None or self._messages or self._streams:
+            return False
+        if self._meter is None:
+            self._meter = topics
+            self._metered = topics.published
+            topics.joined(self)
+        self._topics[topic] = None
+        return True
+
+    def leave_topic(self, topic: Topic) -> None:
+        """For ``topic``: it is published here no more."""
+        del self._topics[topic]
+        if not self._topics:
+            self._stop_metering()
+
+    def leave_topics(self) -> None:
+        """From here on everything goes through this class, which decides what is sent when."""
+        if not self._topics:
+            return
+        topics, self._topics = self._topics, {}
+        self._stop_metering()
+        for topic in topics:
+            topic.serve_apart(self)
+
+    @property
+    def falls_behind(self) -> bool:
+        """Whether half of what may wait in the socket does."""
+        return self._ws is not None and self._buffered() >= NATIVE_HIGH_BYTES // 2
+
+    def _stop_metering(self) -> None:
+        assert self._meter is not None
+        self._add_published()
+        self._meter.left(self)
+        self._meter = None
+
+    def _add_published(self) -> None:
+        """Count what was published as if it had all been sent here."""
+        assert self._meter is not None
+        self._buffered_at_most += self._meter.published - self._metered
+        self._metered = self._meter.published
+
+    def _buffered(self) -> int:
+        """What uWebSockets holds, in bytes."""
+        return int(native.ws_buffered(native.PLAIN, self._ws))
+
     def _has_room(self) -> bool:
         """Whether more may be written now."""
+        if self._meter is not None:
+            self._add_published()
         if self._buffered_at_most >= NATIVE_HIGH_BYTES:
-            self._buffered_at_most = native.ws_buffered(native.PLAIN, self._ws)
+            self._buffered_at_most = self._buffered()
         return self._buffered_at_most < NATIVE_HIGH_BYTES
 
     def _take_up(self) -> None:
@@ -298,7 +367,7 @@ class Connection:
         if self._under_way or self._messages or self._streams or self._frame_sources:
             return
         # What uWebSockets still holds would be lost; the drain callback comes back here.
-        if native.ws_buffered(native.PLAIN, self._ws) == 0:
+        if self._buffered() == 0:
             code, reason = self._close_when_sent
             native.ws_end(native.PLAIN, self._ws, code, reason, len(reason))
 
@@ -309,11 +378,13 @@ class Connection:
     def closed(self) -> None:
         """For the transport: the socket is gone. Nothing may touch it from here on."""
         self._ws = None
+        self.leave_topics()
         self._drop_all()
 
     def _cut_off(self) -> None:
         """Give up a client that does not read, and tell it if it ever does."""
         self._is_cut_off = True
+        self.leave_topics()
         reason = b"The client does not read what it is sent (--max-queued-bytes)."
         self._close_when_sent = _TOO_SLOW, reason
         self._drop_all()
@@ -344,28 +415,9 @@ class Connection:
 
     def _write(self, data: Chunk, opcode: int, *, last: bool) -> None:
         length = len(data)
-        self._buffered_at_most += length + _FRAME_HEAD_BYTES
+        self._buffered_at_most += length + FRAME_HEAD_BYTES
         if type(data) is not bytes:
             data = native.ffi.from_buffer("char[]", data)
         # "compress" on a route without compression takes the path that copies. The other one
         # loses the payload of 16 KiB and more when the kernel's buffer is full.
         native.ws_send(native.PLAIN, self._ws, data, length, opcode, True, last)
-
-
-def broadcast(connections: Iterable[Connection], message: bytes) -> None:
-    """Send one text message to each, as :meth:`Connection.send` does, with less work for each."""
-    length = len(message)
-    size = length + _FRAME_HEAD_BYTES
-    for connection in connections:
-        if (
-            connection._ws is not None
-            and connection._under_way is None
-            and not connection._messages
-            and connection._buffered_at_most < NATIVE_HIGH_BYTES
-            and length <= FRAGMENT_BYTES
-            and not connection._is_cut_off
-        ):
-            connection._buffered_at_most += size
-            native.ws_send(native.PLAIN, connection._ws, message, length, native.TEXT, True, True)
-        else:
-            connection.send(message, is_text=True)

@@ -15,6 +15,7 @@ from sqlrooms_server.errors import StartupError
 from sqlrooms_server.transport import addresses, native
 from sqlrooms_server.transport.connection import Connection
 from sqlrooms_server.transport.http import Arriving, Exchange, HttpRequest, read_request
+from sqlrooms_server.transport.topics import Topic, Topics
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +88,17 @@ class Transport:
         self._listeners: list[Any] = []
         self._contexts: list[Any] = []
         self._callbacks: list[Any] = []
+        self._topics = Topics()
         self.addresses: list[tuple[str, int]] = []
 
     @property
     def connections(self) -> list[Connection]:
         """Those that are open. For the loop thread."""
         return list(self._connections.values())
+
+    def topic(self) -> Topic:
+        """A new topic, which nobody hears. For the loop thread."""
+        return self._topics.topic()
 
     def start(self, host: str, port: int) -> int:
         """Listen on every address of ``host``; the port, also when 0 asked for a free one.
@@ -155,6 +161,7 @@ class Transport:
 
     def _turn(self, mode: Any) -> None:
         lib.socketify_loop_run(self._uv, mode)
+        self._topics.turn_ended()
         # Cleared before the inbox is counted: what is posted from here on wakes the loop again.
         self._wake_pending = False
         # Only what is there now, or posts that post again would keep the sockets waiting.
@@ -183,6 +190,7 @@ class Transport:
         self._loop = lib.uws_get_loop_with_native(lib.socketify_get_native_loop(self._uv))
         options = ffi.new("struct us_socket_context_options_t*")
         self._app = lib.uws_create_app(PLAIN, options[0])
+        self._topics.app = self._app
         self._loop_runs = True
         behavior = ffi.new("uws_socket_behavior_t*")
         behavior.compression = 0

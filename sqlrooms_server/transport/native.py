@@ -113,6 +113,9 @@ ws_send = lib.uws_ws_send_with_options
 ws_end = lib.uws_ws_end
 ws_close = lib.uws_ws_close
 ws_buffered = lib.uws_ws_get_buffered_amount
+ws_subscribe = lib.uws_ws_subscribe
+ws_unsubscribe = lib.uws_ws_unsubscribe
+publish = lib.uws_publish
 ws_user_data = lib.uws_ws_get_user_data
 
 
