@@ -317,6 +317,34 @@ export const steps = {
     check(/other|does not exist/.test(error.message), `error after DETACH: ${error.message}`);
   },
 
+  async 'notifications arrive once'(app) {
+    const seen = [];
+    let finish;
+    const finished = new Promise((resolve) => {
+      finish = resolve;
+    });
+    const listener = app.connect({
+      subscribeChannels: ['news'],
+      onNotification: (payload) => {
+        seen.push(payload);
+        if (payload.last) finish();
+      },
+    });
+    await listener.initialize();
+    await listener.query('select 1');
+    // The connector only listens, so a plain socket speaks.
+    const speaker = new WebSocket(app.wsUrl);
+    speaker.onopen = () => {
+      for (const payload of [{n: 1}, {n: 2, last: true}]) {
+        speaker.send(JSON.stringify({type: 'notify', channel: 'news', payload}));
+      }
+    };
+    await finished;
+    speaker.close();
+    await listener.destroy();
+    equal(seen, [{n: 1}, {n: 2, last: true}], 'payloads');
+  },
+
   async 'the right token'(app) {
     const {wsUrl, token} = app.locked;
     const connector = app.connect({wsUrl, authToken: token, initializationQuery: 'select 1'});
