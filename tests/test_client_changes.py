@@ -518,7 +518,7 @@ def test_the_state_that_was_not_read_when_the_connection_was_lost(
 def test_a_server_that_is_dead_is_noticed_by_the_timeout(
     db: Client, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sqlrooms_server.client.feeds.GRACE_S", 0.01)
+    monkeypatch.setattr("sqlrooms_server.client.table_feeds.GRACE_S", 0.01)
     with pytest.raises(QueryTimeout):
         db.live("from t", timeout=0.01)
 

@@ -13,8 +13,9 @@ import pytest
 
 from sqlrooms_server.client.bar import NotebookBar, TerminalBar, describe, reporter
 from sqlrooms_server.client.errors import ConnectionLost
-from sqlrooms_server.client.messages import Progress, decode
+from sqlrooms_server.client.messages import decode
 from sqlrooms_server.client.reads import is_read
+from sqlrooms_server.client.replies import Progress
 from sqlrooms_server.client.streams import BatchDecoder, as_reader, upload_chunks
 from sqlrooms_server.client.values import encode_parameters
 from tests.wire import ipc

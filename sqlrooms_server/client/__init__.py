@@ -4,18 +4,15 @@ with connect("ws://localhost:4000") as db:
     table = db.query("select 42 as answer").to_arrow()
 """
 
-from sqlrooms_server.client.aio import (
-    AsyncClient,
-    AsyncResult,
-    AsyncSession,
-    connect_async,
-)
+from sqlrooms_server.client.aio import AsyncClient, connect_async
 from sqlrooms_server.client.aio_feeds import AsyncLive, AsyncWatch
+from sqlrooms_server.client.aio_results import AsyncResult, AsyncSession
 from sqlrooms_server.client.errors import ConnectionLost, QueryTimeout, RequestFailed, SessionEnded
-from sqlrooms_server.client.messages import CacheStats, Change, Progress, Summary
+from sqlrooms_server.client.replies import CacheStats, Change, Progress, Summary
 from sqlrooms_server.client.results import RowList
-from sqlrooms_server.client.sync import Client, Result, Session, connect
+from sqlrooms_server.client.sync import Client, connect
 from sqlrooms_server.client.sync_feeds import Live, Watch
+from sqlrooms_server.client.sync_results import Result, Session
 
 __all__ = [
     "AsyncClient",

@@ -2,59 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Generator, Mapping
+from collections.abc import AsyncIterator, Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sqlrooms_server.client import feeds
-from sqlrooms_server.client.messages import Change
+from sqlrooms_server.client.aio_results import AsyncResult
+from sqlrooms_server.client.queries import Snapshot
+from sqlrooms_server.client.replies import Change
+from sqlrooms_server.client.results import WatchState
 
 if TYPE_CHECKING:
-    from sqlrooms_server.client.aio import AsyncClient, AsyncResult
+    from sqlrooms_server.client.aio import AsyncClient
+
+# What a feed tells, and the item that is made of it.
+R = TypeVar("R")
+T = TypeVar("T")
+F = TypeVar("F", bound="AsyncFeed[Any, Any]")
 
 
-class AsyncWatch:
-    """``Watch`` for asyncio: entered by ``async with``, awaited, or only iterated over."""
+class AsyncFeed(Generic[R, T]):
+    """``Feed`` for asyncio: entered by ``async with``, awaited, or only iterated over."""
 
-    def __init__(self, client: AsyncClient, feed: feeds.Watch) -> None:
+    def __init__(self, client: AsyncClient, feed: feeds.Feed[R]) -> None:
         self._client = client
         self._feed = feed
 
-    @property
-    def versions(self) -> Mapping[str, int]:
-        """When each table changed last, as far as it was read here: larger is later, 0 never."""
-        return self._feed.versions
-
-    @property
-    def version(self) -> str | None:
-        """The version of the last change that was read, for ``since`` of a later watch."""
-        return self._feed.version
-
-    async def next(self, timeout: float | None = None) -> Change:
-        """The next change. Raises ``TimeoutError`` when none comes within ``timeout`` seconds, and
-        ``RuntimeError`` when the watch is closed."""
-        change = await self._client._run(self._feed.next(timeout))
-        if change is None:
-            raise RuntimeError("The watch is closed.")
-        return change
+    async def next(self, timeout: float | None = None) -> T:
+        """The next item. Raises ``TimeoutError`` when none comes within ``timeout`` seconds, and
+        ``RuntimeError`` when this is closed."""
+        told = await self._client._run(self._feed.next(timeout))
+        if told is None:
+            raise RuntimeError(f"The {self._feed.what} is closed.")
+        return self._item(told)
 
     async def close(self) -> None:
-        """End the watch."""
+        """End it on the server."""
         self._feed.close()
 
-    def __aiter__(self) -> AsyncIterator[Change]:
+    def _item(self, told: R) -> T:
+        raise NotImplementedError
+
+    def __aiter__(self) -> AsyncIterator[T]:
         return self
 
-    async def __anext__(self) -> Change:
-        change = await self._client._run(self._feed.next(None))
-        if change is None:
+    async def __anext__(self) -> T:
+        told = await self._client._run(self._feed.next(None))
+        if told is None:
             raise StopAsyncIteration
-        return change
+        return self._item(told)
 
-    def __await__(self) -> Generator[Any, None, AsyncWatch]:
+    def __await__(self: F) -> Generator[Any, None, F]:
         return self._begun().__await__()
 
-    async def __aenter__(self) -> AsyncWatch:
+    async def __aenter__(self: F) -> F:
         return await self._begun()
 
     async def __aexit__(
@@ -65,7 +66,7 @@ class AsyncWatch:
     ) -> None:
         await self.close()
 
-    async def _begun(self) -> AsyncWatch:
+    async def _begun(self: F) -> F:
         await self._client._run(self._feed.begin())
         return self
 
@@ -73,51 +74,15 @@ class AsyncWatch:
         self._feed.abandon()
 
 
-class AsyncLive:
-    """``Live`` for asyncio: entered by ``async with``, awaited, or only iterated over."""
+class AsyncWatch(WatchState, AsyncFeed[Change, Change]):
+    """``Watch`` for asyncio."""
 
-    def __init__(self, client: AsyncClient, feed: feeds.Live) -> None:
-        self._client = client
-        self._feed = feed
+    def _item(self, told: Change) -> Change:
+        return told
 
-    async def next(self, timeout: float | None = None) -> AsyncResult:
-        """The next result. Raises ``TimeoutError`` when none comes within ``timeout`` seconds, and
-        ``RuntimeError`` when the live query is closed."""
-        snapshot = await self._client._run(self._feed.next(timeout))
-        if snapshot is None:
-            raise RuntimeError("The live query is closed.")
-        return self._client._result(snapshot)
 
-    async def close(self) -> None:
-        """End the live query."""
-        self._feed.close()
+class AsyncLive(AsyncFeed[Snapshot, AsyncResult]):
+    """``Live`` for asyncio."""
 
-    def __aiter__(self) -> AsyncIterator[AsyncResult]:
-        return self
-
-    async def __anext__(self) -> AsyncResult:
-        snapshot = await self._client._run(self._feed.next(None))
-        if snapshot is None:
-            raise StopAsyncIteration
-        return self._client._result(snapshot)
-
-    def __await__(self) -> Generator[Any, None, AsyncLive]:
-        return self._begun().__await__()
-
-    async def __aenter__(self) -> AsyncLive:
-        return await self._begun()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    async def _begun(self) -> AsyncLive:
-        await self._client._run(self._feed.begin())
-        return self
-
-    def __del__(self) -> None:
-        self._feed.abandon()
+    def _item(self, told: Snapshot) -> AsyncResult:
+        return AsyncResult(self._client, told)

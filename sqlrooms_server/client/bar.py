@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from sqlrooms_server.client.messages import Progress
+from sqlrooms_server.client.replies import Progress
 
 # A query that is done before has no bar.
 _DELAY_MS = 500

@@ -10,25 +10,22 @@ import pyarrow as pa
 
 from sqlrooms_server.client.bar import reporter
 from sqlrooms_server.client.errors import ConnectionLost
-from sqlrooms_server.client.feeds import Live, Watch
 from sqlrooms_server.client.link import Link, cancelling
-from sqlrooms_server.client.messages import (
-    CACHE_STATS,
+from sqlrooms_server.client.messages import CACHE_STATS, Id, encode, framed
+from sqlrooms_server.client.needs import ClientState, Flow, Retries, answer, connected
+from sqlrooms_server.client.queries import Attempts, Request, Session, Stream
+from sqlrooms_server.client.replies import (
     CacheStats,
     CancelAck,
     Consumed,
     Done,
-    Id,
     Progress,
     Reply,
     Rows,
     SessionClosed,
-    encode,
-    framed,
 )
-from sqlrooms_server.client.needs import ClientState, Flow, Retries, answer, connected
-from sqlrooms_server.client.queries import Attempts, Request, Session, Stream
 from sqlrooms_server.client.streams import upload_chunks
+from sqlrooms_server.client.table_feeds import Live, Watch
 from sqlrooms_server.client.values import Parameters, encode_parameters
 
 

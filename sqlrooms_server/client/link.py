@@ -13,20 +13,22 @@ from sqlrooms_server.client.messages import (
     CHANGES,
     NO_ID,
     WATCH,
+    Id,
+    Key,
+    decode,
+    encode,
+)
+from sqlrooms_server.client.replies import (
     CancelAck,
     Change,
     Chunk,
     Consumed,
     Done,
     Failed,
-    Id,
-    Key,
     Lost,
     Progress,
     Reply,
     Watching,
-    decode,
-    encode,
 )
 
 # Some servers answer these without their id. Each reply is then for the last that waits: any is

@@ -16,15 +16,8 @@ from typing import Any, TypeVar
 from sqlrooms_server.client.bar import Reporter
 from sqlrooms_server.client.errors import ConnectionLost, QueryTimeout, request_failed
 from sqlrooms_server.client.link import Exchange, Link
-from sqlrooms_server.client.messages import (
-    HELLO,
-    Failed,
-    Lost,
-    Progress,
-    Reply,
-    Welcome,
-    encode,
-)
+from sqlrooms_server.client.messages import HELLO, encode
+from sqlrooms_server.client.replies import Failed, Lost, Progress, Reply, Welcome
 
 T = TypeVar("T")
 

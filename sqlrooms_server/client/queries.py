@@ -12,9 +12,10 @@ import pyarrow as pa
 from sqlrooms_server.client.bar import Reporter
 from sqlrooms_server.client.errors import ConnectionLost, RequestFailed, SessionEnded
 from sqlrooms_server.client.link import Exchange, Link
-from sqlrooms_server.client.messages import Chunk, Id, Reply, Summary, encode
+from sqlrooms_server.client.messages import Id, encode
 from sqlrooms_server.client.needs import ClientState, Flow, Retries, answer, connected
 from sqlrooms_server.client.reads import is_read
+from sqlrooms_server.client.replies import Chunk, Reply, Summary
 from sqlrooms_server.client.streams import BatchDecoder
 
 # What of a result may be under way to a consumer that is slow: enough for a connection of

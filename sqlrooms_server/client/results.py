@@ -1,7 +1,8 @@
-"""What a result tells about itself, waiting or for asyncio."""
+"""What results and watches tell about themselves, waiting or for asyncio."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -9,7 +10,8 @@ import pyarrow as pa
 import ujson
 
 from sqlrooms_server.client import queries
-from sqlrooms_server.client.messages import Id, Rows, Summary
+from sqlrooms_server.client.messages import Id
+from sqlrooms_server.client.replies import Rows, Summary
 
 
 class ResultState:
@@ -48,6 +50,24 @@ class ResultState:
         # Ctrl+C may come before it has a stream.
         with suppress(AttributeError):
             self._stream.abandon()
+
+
+class WatchState:
+    """The part of a watch that waits for nothing."""
+
+    _feed: Any
+
+    @property
+    def versions(self) -> Mapping[str, int]:
+        """When each table changed last, as far as it was read here: larger is later, 0 never."""
+        versions: Mapping[str, int] = self._feed.versions
+        return versions
+
+    @property
+    def version(self) -> str | None:
+        """The version of the last change that was read, for ``since`` of a later watch."""
+        version: str | None = self._feed.version
+        return version
 
 
 class RowList(list[dict[str, Any]]):

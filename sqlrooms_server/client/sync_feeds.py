@@ -2,123 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sqlrooms_server.client import feeds
-from sqlrooms_server.client.messages import Change
+from sqlrooms_server.client.queries import Snapshot
+from sqlrooms_server.client.replies import Change
+from sqlrooms_server.client.results import WatchState
+from sqlrooms_server.client.sync_results import Result
 
 if TYPE_CHECKING:
-    from sqlrooms_server.client.sync import Client, Result
+    from sqlrooms_server.client.sync import Client
+
+# What a feed tells, and the item that is made of it.
+R = TypeVar("R")
+T = TypeVar("T")
+F = TypeVar("F", bound="Feed[Any, Any]")
 
 
-class Watch:
+class Feed(Generic[R, T]):
+    """What goes on until it is closed.
+
+    Iterate over it, for one thread at a time; another one may close it, which ends the iteration.
+    After a lost connection it goes on by itself; ``ConnectionLost`` is raised when there is no
+    server for about ten seconds, and ``RequestFailed`` for what the server refuses.
+    """
+
+    def __init__(self, client: Client, feed: feeds.Feed[R]) -> None:
+        self._client = client
+        self._feed = feed
+        client._run(feed.begin())
+
+    def next(self, timeout: float | None = None) -> T:
+        """The next item. Raises ``TimeoutError`` when none comes within ``timeout`` seconds, and
+        ``RuntimeError`` when this is closed."""
+        told = self._client._run(self._feed.next(timeout))
+        if told is None:
+            raise RuntimeError(f"The {self._feed.what} is closed.")
+        return self._item(told)
+
+    def close(self) -> None:
+        """End it on the server."""
+        self._feed.close()
+
+    def _item(self, told: R) -> T:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        told = self._client._run(self._feed.next(None))
+        if told is None:
+            raise StopIteration
+        return self._item(told)
+
+    def __enter__(self: F) -> F:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._feed.abandon()
+
+
+class Watch(WatchState, Feed[Change, Change]):
     """Changes of tables, told after every commit by anybody on the server.
 
-    Iterate over it, for one thread at a time; another one may close it, which ends the iteration.
-    Changes that nobody reads are told together later. After a lost connection it goes on by itself
-    with what was missed, or with one ``Change`` with ``resync``; ``ConnectionLost`` is raised when
-    there is no server for about ten seconds, and ``RequestFailed`` for what the server refuses.
+    Changes that nobody reads are told together later. After a lost connection comes what was
+    missed, or one ``Change`` with ``resync``.
     """
 
-    def __init__(self, client: Client, feed: feeds.Watch) -> None:
-        self._client = client
-        self._feed = feed
-        client._run(feed.begin())
-
-    @property
-    def versions(self) -> Mapping[str, int]:
-        """When each table changed last, as far as it was read here: larger is later, 0 never."""
-        return self._feed.versions
-
-    @property
-    def version(self) -> str | None:
-        """The version of the last change that was read, for ``since`` of a later watch."""
-        return self._feed.version
-
-    def next(self, timeout: float | None = None) -> Change:
-        """The next change. Raises ``TimeoutError`` when none comes within ``timeout`` seconds, and
-        ``RuntimeError`` when the watch is closed."""
-        change = self._client._run(self._feed.next(timeout))
-        if change is None:
-            raise RuntimeError("The watch is closed.")
-        return change
-
-    def close(self) -> None:
-        """End the watch."""
-        self._feed.close()
-
-    def __iter__(self) -> Iterator[Change]:
-        return self
-
-    def __next__(self) -> Change:
-        change = self._client._run(self._feed.next(None))
-        if change is None:
-            raise StopIteration
-        return change
-
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self._feed.abandon()
+    def _item(self, told: Change) -> Change:
+        return told
 
 
-class Live:
+class Live(Feed[Snapshot, Result]):
     """The results of a live query: the present one, and another whenever it has changed.
 
-    Iterate over it, for one thread at a time; another one may close it, which ends the iteration.
     Who is slow gets the latest result and misses those before it. After a lost connection the query
-    is sent again, and its result is told when it is another one than the last;
-    ``ConnectionLost`` is raised when there is no server for about ten seconds, and
-    ``RequestFailed`` when the server ends the query.
+    is sent again, and its result is told when it is another one than the last.
     """
 
-    def __init__(self, client: Client, feed: feeds.Live) -> None:
-        self._client = client
-        self._feed = feed
-        client._run(feed.begin())
-
-    def next(self, timeout: float | None = None) -> Result:
-        """The next result. Raises ``TimeoutError`` when none comes within ``timeout`` seconds, and
-        ``RuntimeError`` when the live query is closed."""
-        snapshot = self._client._run(self._feed.next(timeout))
-        if snapshot is None:
-            raise RuntimeError("The live query is closed.")
-        return self._client._result(snapshot)
-
-    def close(self) -> None:
-        """End the live query."""
-        self._feed.close()
-
-    def __iter__(self) -> Iterator[Result]:
-        return self
-
-    def __next__(self) -> Result:
-        snapshot = self._client._run(self._feed.next(None))
-        if snapshot is None:
-            raise StopIteration
-        return self._client._result(snapshot)
-
-    def __enter__(self) -> Live:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self._feed.abandon()
+    def _item(self, told: Snapshot) -> Result:
+        return Result(self._client, told)
