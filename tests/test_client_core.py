@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import queue
 import uuid
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -12,10 +14,12 @@ import pyarrow as pa
 import pytest
 
 from sqlrooms_server.client.bar import NotebookBar, TerminalBar, describe, reporter
+from sqlrooms_server.client.channels import Hearing
 from sqlrooms_server.client.errors import ConnectionLost
+from sqlrooms_server.client.link import Link
 from sqlrooms_server.client.messages import decode
 from sqlrooms_server.client.reads import is_read
-from sqlrooms_server.client.replies import Progress
+from sqlrooms_server.client.replies import Message, Progress, Subscribed
 from sqlrooms_server.client.streams import BatchDecoder, as_reader, upload_chunks
 from sqlrooms_server.client.values import encode_parameters
 from tests.wire import ipc
@@ -177,11 +181,62 @@ def test_what_might_change_something_is_no_read(sql: str) -> None:
 
 
 def test_messages_of_unknown_types_and_cut_results_are_ignored() -> None:
-    assert decode('{"type": "notify", "payload": 1}') is None
+    assert decode('{"type": "crdt-update", "payload": 1}') is None
     assert decode('{"type":"json","queryId":1,"data":"[{') is None
     for broken in ('{"type": "ok"}', "[1]", "1", "{", b"\xff\xff\xff\xff{}"):
         with pytest.raises((ValueError, LookupError, TypeError)):
             decode(broken)
+
+
+# What a connection hears when a subscription to its channel is added to another one, which was
+# told the messages 1 to 7: numbers are messages, None says that the new one is subscribed.
+@pytest.mark.parametrize(
+    ("since", "stream", "first", "second"),
+    [
+        (None, [8, 9, None, 10], [8, 9, 10], [10]),
+        ("r-5", [6, 7, None, 8], [8], [6, 7, 8]),
+        ("r-5", [8, 9, 6, 7, 8, 9, None, 10], [8, 9, 10], [6, 7, 8, 9, 10]),
+        ("r-5", [8, 8, None, 9], [8, 9], [8, 9]),
+        ("r-7", [8, 9, 8, 9, None], [8, 9], [8, 9]),
+        ("r-9", [8, 9, None, 10], [8, 9, 10], [10]),
+        # For a third one, which has read less, and then for the second.
+        ("r-5", [4, 5, 6, 7, 6, 7, None, 8], [8], [6, 7, 8]),
+        ("r-5", [4, 5, 6, 7, 8, 6, 7, 8, None, 9], [8, 9], [6, 7, 8, 9]),
+        # Another run of the server, and nonsense.
+        ("q-3", [8, 9, None, 10], [8, 9, 10], [10]),
+        ("", [8, 9, None, 10], [8, 9, 10], [10]),
+    ],
+)
+def test_subscriptions_of_one_connection_tell_their_messages_apart(
+    since: str | None, stream: list[int | None], first: list[int], second: list[int]
+) -> None:
+    link = Link(lambda message: None, queue.SimpleQueue)
+    hearings = [link.hear(1, "c", None, False)]
+    newest = 7
+
+    def receive(number: int | None) -> None:
+        if number is not None:
+            fields = {"type": "notify", "payload": number, "offset": f"r-{number}"}
+        else:
+            fields = {"type": "subscribed", "queryId": len(hearings), "recovered": True}
+            fields["offset"] = f"r-{newest}"
+        link.receive(json.dumps({"channel": "c", **fields}))
+
+    receive(None)
+    hearings.append(link.hear(2, "c", since, False))
+    for number in stream:
+        newest = max(newest, number or 0)
+        receive(number)
+    assert [told(hearing) for hearing in hearings] == [first, second]
+
+
+def told(hearing: Hearing) -> list[int]:
+    """The messages that wait, after the reply that it is subscribed."""
+    assert isinstance(hearing.read(), Subscribed)
+    messages = []
+    while isinstance(message := hearing.read(), Message):
+        messages.append(message.payload)
+    return messages
 
 
 class Terminal:

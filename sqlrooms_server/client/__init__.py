@@ -5,13 +5,25 @@ with connect("ws://localhost:4000") as db:
 """
 
 from sqlrooms_server.client.aio import AsyncClient, connect_async
-from sqlrooms_server.client.aio_feeds import AsyncLive, AsyncWatch
+from sqlrooms_server.client.aio_feeds import AsyncLive, AsyncSubscription, AsyncWatch
 from sqlrooms_server.client.aio_results import AsyncResult, AsyncSession
 from sqlrooms_server.client.errors import ConnectionLost, QueryTimeout, RequestFailed, SessionEnded
-from sqlrooms_server.client.replies import CacheStats, Change, Progress, Summary
+from sqlrooms_server.client.replies import (
+    CacheStats,
+    Change,
+    Heard,
+    Joined,
+    Left,
+    Member,
+    MemberList,
+    Message,
+    Missed,
+    Progress,
+    Summary,
+)
 from sqlrooms_server.client.results import RowList
 from sqlrooms_server.client.sync import Client, connect
-from sqlrooms_server.client.sync_feeds import Live, Watch
+from sqlrooms_server.client.sync_feeds import Live, Subscription, Watch
 from sqlrooms_server.client.sync_results import Result, Session
 
 __all__ = [
@@ -19,12 +31,20 @@ __all__ = [
     "AsyncLive",
     "AsyncResult",
     "AsyncSession",
+    "AsyncSubscription",
     "AsyncWatch",
     "CacheStats",
     "Change",
     "Client",
     "ConnectionLost",
+    "Heard",
+    "Joined",
+    "Left",
     "Live",
+    "Member",
+    "MemberList",
+    "Message",
+    "Missed",
     "Progress",
     "QueryTimeout",
     "RequestFailed",
@@ -32,6 +52,7 @@ __all__ = [
     "RowList",
     "Session",
     "SessionEnded",
+    "Subscription",
     "Summary",
     "Watch",
     "connect",

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from sqlrooms_server.client import flows, needs
-from sqlrooms_server.client.aio_feeds import AsyncLive, AsyncWatch
+from sqlrooms_server.client.aio_feeds import AsyncLive, AsyncSubscription, AsyncWatch
 from sqlrooms_server.client.aio_results import AsyncResult, AsyncSession
 from sqlrooms_server.client.aio_wire import Wire, receive
 from sqlrooms_server.client.errors import ConnectionLost
 from sqlrooms_server.client.link import Link
-from sqlrooms_server.client.replies import CacheStats
+from sqlrooms_server.client.replies import CacheStats, MemberList
 from sqlrooms_server.client.results import RowList
 from sqlrooms_server.client.streams import as_reader
 from sqlrooms_server.client.sync import ProgressOption
@@ -24,13 +24,17 @@ T = TypeVar("T")
 
 
 def connect_async(
-    url: str = "ws://localhost:4000", *, token: str | None = None, connect_timeout: float = 10.0
+    url: str = "ws://localhost:4000",
+    *,
+    token: str | None = None,
+    user: str | None = None,
+    connect_timeout: float = 10.0,
 ) -> _Connecting:
     """Connect to a server: ``async with connect_async(url) as db``, or ``await`` it.
 
     Arguments and errors are those of ``connect``.
     """
-    return _Connecting(AsyncClient(url, token, connect_timeout))
+    return _Connecting(AsyncClient(url, token, user, connect_timeout))
 
 
 class _Connecting:
@@ -65,9 +69,12 @@ class AsyncClient:
     that is cancelled during a call cancels it on the server too.
     """
 
-    def __init__(self, url: str, token: str | None, connect_timeout: float) -> None:
+    def __init__(
+        self, url: str, token: str | None, user: str | None, connect_timeout: float
+    ) -> None:
         self._url = url
         self._token = token
+        self._user = user
         self._connect_timeout = connect_timeout
         self._requests = flows.Requests()
         self._connecting = asyncio.Lock()
@@ -175,6 +182,33 @@ class AsyncClient:
         )
         return AsyncLive(self, self._requests.live(request))
 
+    async def notify(
+        self, channel: str, payload: Any, to: Mapping[str, str] | None = None
+    ) -> int | None:
+        """Say ``payload``, any JSON value, to those who hear ``channel``."""
+        return await self._run(self._requests.notify(channel, payload, to))
+
+    def subscribe(
+        self,
+        channel: str,
+        *,
+        recover: bool = False,
+        since: str | None = None,
+        presence: bool = False,
+    ) -> AsyncSubscription:
+        """Hear ``channel``: ``async with db.subscribe(channel) as heard``, or ``await`` it."""
+        feed = self._requests.subscribe(channel, recover=recover, since=since, presence=presence)
+        return AsyncSubscription(self, feed)
+
+    async def members(self, channel: str) -> MemberList:
+        """Who hears ``channel``, for those who do so themselves."""
+        return await self._run(self._requests.members(channel))
+
+    @property
+    def connection_id(self) -> str | None:
+        """Which ``Member`` this client is, as long as its connection lasts."""
+        return None if self._wire is None else self._wire.link.connection_id
+
     async def upload(self, table_name: str, data: Any, mode: str = "replace") -> int:
         """Send ``data`` into ``table_name``, whole or not at all, and return the number of rows.
 
@@ -250,7 +284,7 @@ class AsyncClient:
                 wire = Wire()
                 await wire.open(self._url, self._token, timeout)
                 try:
-                    await self._run(needs.greet(wire.link, timeout))
+                    await self._run(needs.greet(wire.link, timeout, self._user))
                 except BaseException:
                     await wire.close()
                     raise

@@ -1,4 +1,4 @@
-"""Watches and live queries for asyncio."""
+"""Watches, live queries and subscriptions for asyncio."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from sqlrooms_server.client import feeds
 from sqlrooms_server.client.aio_results import AsyncResult
 from sqlrooms_server.client.queries import Snapshot
-from sqlrooms_server.client.replies import Change
-from sqlrooms_server.client.results import WatchState
+from sqlrooms_server.client.replies import Change, Heard
+from sqlrooms_server.client.results import SubscriptionState, WatchState
 
 if TYPE_CHECKING:
     from sqlrooms_server.client.aio import AsyncClient
@@ -86,3 +86,10 @@ class AsyncLive(AsyncFeed[Snapshot, AsyncResult]):
 
     def _item(self, told: Snapshot) -> AsyncResult:
         return AsyncResult(self._client, told)
+
+
+class AsyncSubscription(SubscriptionState, AsyncFeed[Heard, Heard]):
+    """``Subscription`` for asyncio."""
+
+    def _item(self, told: Heard) -> Heard:
+        return told

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
-from sqlrooms_server.client.link import Exchange, Link
-from sqlrooms_server.client.messages import Key
+from sqlrooms_server.client.exchanges import Exchange
+from sqlrooms_server.client.link import Link
 from sqlrooms_server.client.needs import (
     ClientState,
     Flow,
@@ -77,8 +77,7 @@ class Feed(Generic[T]):
         except (TimeoutError, ConnectionLost, RequestFailed):
             raise
         except BaseException:
-            # Interrupted. A reply may have been taken from the inbox that nobody has seen.
-            self._unsubscribe()
+            self._interrupted()
             raise
         return None
 
@@ -87,7 +86,7 @@ class Feed(Generic[T]):
         exchange = self._exchange
         self.abandon()
         if exchange is not None:
-            exchange.inbox.put_nowait(Done(0))
+            exchange.finish(Done(0))
 
     def abandon(self) -> None:
         """End it on the server. Never waits, and may be called by a finalizer."""
@@ -98,12 +97,12 @@ class Feed(Generic[T]):
         """What ``begin`` leaves for the first ``next``."""
         return (yield from self._reply(None))
 
-    def _key(self) -> Key:
-        """The kind and id of the next request."""
+    def _open(self, link: Link) -> Exchange:
+        """What waits for replies to the next request."""
         raise NotImplementedError
 
-    def _message(self) -> str:
-        """The next request."""
+    def _send(self, link: Link) -> None:
+        """Send that request."""
         raise NotImplementedError
 
     def _take(self, reply: Reply) -> T | None:
@@ -168,10 +167,14 @@ class Feed(Generic[T]):
             return
         # Known here before it is sent, so that an interrupt never leaves it behind on the server.
         self._link = link
-        self._exchange = link.open(self._key(), is_feed=True)
-        link.send(self._message())
+        self._exchange = self._open(link)
+        self._send(link)
         if self.is_closed:
             self._unsubscribe()
+
+    def _interrupted(self) -> None:
+        # A reply may have been taken from the inbox that nobody has seen.
+        self._unsubscribe()
 
     def _unsubscribe(self) -> None:
         exchange, self._exchange = self._exchange, None

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from sqlrooms_server.client.bar import reporter
+from sqlrooms_server.client.channel_feeds import Subscription
 from sqlrooms_server.client.errors import ConnectionLost
 from sqlrooms_server.client.link import Link, cancelling
-from sqlrooms_server.client.messages import CACHE_STATS, Id, encode, framed
+from sqlrooms_server.client.messages import (
+    CACHE_STATS,
+    MEMBERS,
+    NOTIFY,
+    Id,
+    Key,
+    encode,
+    encode_payload,
+    framed,
+)
 from sqlrooms_server.client.needs import ClientState, Flow, Retries, answer, connected
 from sqlrooms_server.client.queries import Attempts, Request, Session, Stream
 from sqlrooms_server.client.replies import (
@@ -19,6 +29,8 @@ from sqlrooms_server.client.replies import (
     CancelAck,
     Consumed,
     Done,
+    MemberList,
+    NotifyAck,
     Progress,
     Reply,
     Rows,
@@ -85,6 +97,43 @@ class Requests:
         """A live query that has not begun."""
         return Live(self.client, self._new_id, request)
 
+    def subscribe(
+        self, channel: str, *, recover: bool, since: str | None, presence: bool
+    ) -> Subscription:
+        """A subscription that has not begun."""
+        return Subscription(
+            self.client, self._new_id, channel, recover=recover, since=since, presence=presence
+        )
+
+    def notify(self, channel: str, payload: Any, to: Mapping[str, str] | None) -> Flow[int | None]:
+        """Say ``payload``, and return how many heard it if it was for some only.
+
+        It is said at most once, and so not again after a lost connection.
+        """
+        query_id = next(self._ids)
+        fields = {"type": NOTIFY, "channel": channel, "payload": payload, "queryId": query_id}
+        message = encode_payload(**fields, **({} if to is None else {"to": dict(to)}))
+        link = yield from connected()
+        reply = yield from self._answer(link, (NOTIFY, query_id), message)
+        return reply.delivered if isinstance(reply, NotifyAck) else None
+
+    def members(self, channel: str) -> Flow[MemberList]:
+        """Who hears ``channel``."""
+        query_id = next(self._ids)
+        link = yield from connected()
+        message = encode(type=MEMBERS, channel=channel, queryId=query_id)
+        reply = yield from self._answer(link, (MEMBERS, query_id), message)
+        assert isinstance(reply, MemberList)
+        return reply
+
+    def _answer(self, link: Link, key: Key, message: str) -> Flow[Reply]:
+        exchange = link.open(key)
+        try:
+            link.send(message)
+            return (yield from answer(exchange))
+        finally:
+            link.abandon(exchange)
+
     def _new_id(self) -> int:
         return next(self._ids)
 
@@ -130,12 +179,7 @@ class Requests:
         """Cancel a query; False when it is not under way."""
         if link is None or link.lost is not None:
             return False
-        exchange = link.open(("cancel", query_id))
-        try:
-            link.send(cancelling(query_id))
-            reply = yield from answer(exchange)
-        finally:
-            link.abandon(exchange)
+        reply = yield from self._answer(link, ("cancel", query_id), cancelling(query_id))
         return isinstance(reply, CancelAck) and reply.cancelled
 
     def close_session(self, session: Session) -> Flow[bool]:
@@ -164,12 +208,8 @@ class Requests:
             try:
                 link = yield from connected()
                 query_id = next(self._ids)
-                exchange = link.open((CACHE_STATS, query_id))
-                try:
-                    link.send(encode(type=CACHE_STATS, queryId=query_id))
-                    reply = yield from answer(exchange)
-                finally:
-                    link.abandon(exchange)
+                message = encode(type=CACHE_STATS, queryId=query_id)
+                reply = yield from self._answer(link, (CACHE_STATS, query_id), message)
                 assert isinstance(reply, CacheStats)
                 return reply
             except ConnectionLost as error:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Protocol
 
+from sqlrooms_server.client.channels import Channels, Hearing
+from sqlrooms_server.client.exchanges import Exchange, FeedExchange, Inbox
 from sqlrooms_server.client.messages import (
     CACHE_STATS,
     CHANGES,
+    MEMBERS,
     NO_ID,
+    NOTIFY,
+    SUBSCRIBE,
     WATCH,
     Id,
     Key,
@@ -20,12 +21,14 @@ from sqlrooms_server.client.messages import (
 )
 from sqlrooms_server.client.replies import (
     CancelAck,
-    Change,
     Chunk,
     Consumed,
     Done,
     Failed,
+    Joined,
+    Left,
     Lost,
+    Message,
     Progress,
     Reply,
     Watching,
@@ -34,55 +37,24 @@ from sqlrooms_server.client.replies import (
 # Some servers answer these without their id. Each reply is then for the last that waits: any is
 # good for all of them, and one that Ctrl+C kept from being sent must not take that of another.
 _MAYBE_WITHOUT_ID = (CACHE_STATS, WATCH)
-
-
-class Inbox(Protocol):
-    """A queue of replies: ``queue.SimpleQueue`` or ``asyncio.Queue``."""
-
-    def put_nowait(self, item: Any, /) -> None: ...
-    def get_nowait(self) -> Any: ...
-    def empty(self) -> bool: ...
-
-
-@dataclass(slots=True, eq=False)
-class Exchange:
-    """A request that waits for its replies.
-
-    Those to a feed, a watch or a live query, go on until it is abandoned or fails. Unread ones are
-    merged, so that at most one and the end wait for a consumer that is slow.
-    """
-
-    key: Key
-    inbox: Inbox
-    is_feed: bool = False
-    is_answered: bool = False
-
-    def deliver(self, reply: Reply) -> None:
-        """Put ``reply`` into the inbox. Only one thread does that."""
-        unread: list[Reply] = []
-        if self.is_feed:
-            self.is_answered = True
-            with suppress(queue.Empty):
-                while not self.inbox.empty():
-                    unread.append(self.inbox.get_nowait())
-        # What is not taken out here has gone to the consumer.
-        last = merged(unread[-1], reply) if unread else None
-        for item in [*unread, reply] if last is None else [*unread[:-1], last]:
-            self.inbox.put_nowait(item)
+# An error says which id it is about, and not which kind.
+_KINDS = (*_MAYBE_WITHOUT_ID, SUBSCRIBE, NOTIFY, MEMBERS)
 
 
 class Link:
     """The requests of one connection.
 
     ``send`` hands a message over and never blocks, so that finalizers may call it. There is no
-    lock, which a finalizer could meet while its own thread holds it: an exchange is entered before
-    ``lost`` is looked at, and ``lost`` is set before the exchanges are.
+    lock here, which a finalizer could meet while its own thread holds it: an exchange is entered
+    before ``lost`` is looked at, and ``lost`` is set before the exchanges are.
     """
 
     def __init__(self, send: Callable[[str | bytes], None], inbox: Callable[[], Inbox]) -> None:
         self.send = send
         self.lost: Lost | None = None
+        self.channels = Channels(send)
         self.upload_window = 0
+        self.connection_id: str | None = None
         self._new_inbox = inbox
         # None: abandoned, and its id not free before its last reply.
         self._exchanges: dict[Key, Exchange | None] = {}
@@ -90,13 +62,30 @@ class Link:
 
     def open(self, key: Key, is_feed: bool = False) -> Exchange:
         """Begin to wait for replies to ``key``. Raises ``ValueError`` when it is in use."""
+        kind = FeedExchange if is_feed else Exchange
+        return self._enter(kind(key, self._new_inbox()))
+
+    def hear(self, query_id: Id, channel: str, since: str | None, presence: bool) -> Hearing:
+        """Begin to wait for what is said in ``channel``; ``channels`` sends the request."""
+        hearing = Hearing(
+            (SUBSCRIBE, query_id),
+            self._new_inbox(),
+            channel=channel,
+            since=since,
+            presence=presence,
+        )
+        self.channels.add(hearing)
+        self._enter(hearing)
+        return hearing
+
+    def _enter(self, exchange: Exchange) -> Exchange:
+        key = exchange.key
         if key in self._exchanges:
             raise ValueError(f"The {key[0]} id {key[1]!r} is in use.")
-        exchange = Exchange(key, self._new_inbox(), is_feed)
         self._exchanges[key] = exchange
         if self.lost is not None:
             self._exchanges.pop(key, None)
-            exchange.inbox.put_nowait(self.lost)
+            exchange.finish(self.lost)
         return exchange
 
     def abandon(self, exchange: Exchange) -> None:
@@ -104,6 +93,8 @@ class Link:
         kind, query_id = exchange.key
         if kind == WATCH and self.lost is None:
             self.send(encode(type="unwatch"))
+        if isinstance(exchange, Hearing):
+            self.channels.discard(exchange, is_open=self.lost is None)
         if self._exchanges.get(CHANGES) is exchange:
             self._exchanges.pop(CHANGES, None)
         if self._exchanges.get(exchange.key) is not exchange:
@@ -122,6 +113,9 @@ class Link:
         key, reply = decoded
         if key is None:
             self._refuse(reply)
+            return
+        if isinstance(reply, Message | Joined | Left):
+            self.channels.hear(str(key[1]), reply, len(message))
             return
         key = self._addressee(key, reply)
         exchange = self._exchanges.get(key)
@@ -150,7 +144,7 @@ class Link:
             waiting = [waits for waits in list(self._exchanges) if waits[0] == kind]
             return waiting[-1] if waiting else key
         if isinstance(reply, Failed) and key not in self._exchanges:
-            others = [(kind, query_id) for kind in _MAYBE_WITHOUT_ID]
+            others = [(kind, query_id) for kind in _KINDS]
             return next((other for other in others if other in self._exchanges), key)
         return key
 
@@ -166,7 +160,7 @@ class Link:
             # A feed that was answered before is not what the server means.
             if exchange is not None and not exchange.is_answered:
                 self.abandon(exchange)
-                exchange.inbox.put_nowait(reply)
+                exchange.finish(reply)
 
     def fail(self, text: str) -> None:
         """The connection is gone: everybody who waits is told, with the server's reason if any."""
@@ -176,19 +170,7 @@ class Link:
         while self._exchanges:
             _, exchange = self._exchanges.popitem()
             if exchange is not None:
-                exchange.inbox.put_nowait(self.lost)
-
-
-def merged(unread: Reply, reply: Reply) -> Reply | None:
-    """One reply that tells what two of a feed do; None when only both can."""
-    match unread, reply:
-        case Chunk(), Chunk():
-            return reply
-        case Change(), Change():
-            op = reply.op if reply.op == unread.op else "change"
-            tables = {**unread.tables, **reply.tables}
-            return Change(tables, op, reply.version, unread.resync or reply.resync)
-    return None
+                exchange.finish(self.lost)
 
 
 def cancelling(query_id: Id) -> str:

@@ -15,10 +15,17 @@ from sqlrooms_server.client.replies import (
     Consumed,
     Done,
     Failed,
+    Joined,
+    Left,
+    Member,
+    MemberList,
+    Message,
+    NotifyAck,
     Progress,
     Reply,
     Rows,
     SessionClosed,
+    Subscribed,
     Summary,
     Watching,
     Welcome,
@@ -32,6 +39,8 @@ HELLO: Key = ("hello", "")
 # Kinds of requests whose replies may have no id, and what belongs to the latest watch.
 CACHE_STATS, WATCH = "cacheStats", "watch"
 CHANGES: Key = ("changes", "")
+# Kinds of requests about channels, and what belongs to those who hear one.
+SUBSCRIBE, NOTIFY, MEMBERS, CHANNEL = "subscribe", "notify", "presence", "channel"
 NO_ID = ""
 
 # How results of the server begin.
@@ -68,6 +77,14 @@ def encode(**fields: Any) -> str:
         {name: value for name, value in fields.items() if value is not None},
         escape_forward_slashes=False,
     )
+
+
+def encode_payload(**fields: Any) -> str:
+    """A message with a ``payload``, any JSON value. Raises ``TypeError`` for what is none."""
+    try:
+        return ujson.dumps(fields, escape_forward_slashes=False, allow_nan=False)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"The payload is no JSON value: {error}.") from error
 
 
 def framed(header: str, body: bytes) -> bytes:
@@ -145,6 +162,25 @@ def _changed(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
     )
 
 
+def _notify(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
+    return (CHANNEL, fields["channel"]), Message(fields["payload"], fields.get("offset"))
+
+
+def _presence(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
+    if "members" in fields:
+        members = MemberList(map(_member, fields["members"]))
+        members.total = fields.get("count", len(members))
+        return (MEMBERS, fields.get("queryId", NO_ID)), members
+    channel = (CHANNEL, fields["channel"])
+    if "joined" in fields:
+        return channel, Joined(_member(fields["joined"]))
+    return channel, Left(_member(fields["left"]))
+
+
+def _member(fields: dict[str, Any]) -> Member:
+    return Member(fields["connectionId"], fields.get("user"))
+
+
 def _error(fields: dict[str, Any], _: memoryview) -> tuple[Key | None, Reply]:
     key = _query(fields) if "queryId" in fields else None
     return key, Failed(fields["error"], fields["code"])
@@ -160,6 +196,16 @@ _DECODERS: dict[str, Callable[[dict[str, Any], memoryview], tuple[Key | None, Re
     "cacheStats": _cache_stats,
     "watching": _watching,
     "changed": _changed,
+    "subscribed": lambda fields, _: (
+        (SUBSCRIBE, fields["queryId"]),
+        Subscribed(fields["offset"], fields["recovered"]),
+    ),
+    "notify": _notify,
+    "notifyAck": lambda fields, _: (
+        (NOTIFY, fields["queryId"]),
+        NotifyAck(fields.get("delivered")),
+    ),
+    "presence": _presence,
     "cancelAck": lambda fields, _: (
         ("cancel", fields["queryId"]),
         CancelAck(fields["cancelled"]),
@@ -170,7 +216,7 @@ _DECODERS: dict[str, Callable[[dict[str, Any], memoryview], tuple[Key | None, Re
     ),
     "welcome": lambda fields, _: (
         HELLO,
-        Welcome(fields["limits"]["uploadWindow"]),
+        Welcome(fields["limits"]["uploadWindow"], fields.get("connectionId")),
     ),
     "error": _error,
 }

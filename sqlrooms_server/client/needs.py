@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from sqlrooms_server.client.bar import Reporter
 from sqlrooms_server.client.errors import ConnectionLost, QueryTimeout, request_failed
-from sqlrooms_server.client.link import Exchange, Link
+from sqlrooms_server.client.exchanges import Exchange
+from sqlrooms_server.client.link import Link
 from sqlrooms_server.client.messages import HELLO, encode
 from sqlrooms_server.client.replies import Failed, Lost, Progress, Reply, Welcome
 
@@ -92,16 +93,20 @@ def connected(deadline: float | None = None) -> Flow[Link]:
     return link
 
 
-def greet(link: Link, timeout: float) -> Flow[None]:
-    """Ask what the server offers. Raises ``RequestFailed`` for a wrong token."""
+def greet(link: Link, timeout: float, user: str | None) -> Flow[None]:
+    """Say who this is, and ask what the server offers.
+
+    Raises ``RequestFailed`` for a wrong token, or for what is no name of a ``user``.
+    """
     exchange = link.open(HELLO)
-    link.send(encode(type="hello"))
+    link.send(encode(type="hello", user=user))
     try:
         reply = yield from answer(exchange, time.monotonic() + timeout)
     except QueryTimeout:
         raise ConnectionLost("What listens there does not answer.") from None
     assert isinstance(reply, Welcome)
     link.upload_window = reply.upload_window
+    link.connection_id = reply.connection_id
 
 
 def answer(

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from sqlrooms_server.client.bar import Reporter
 from sqlrooms_server.client.errors import ConnectionLost, RequestFailed, SessionEnded
-from sqlrooms_server.client.link import Exchange, Link
+from sqlrooms_server.client.exchanges import Exchange
+from sqlrooms_server.client.link import Link
 from sqlrooms_server.client.messages import Id, encode
 from sqlrooms_server.client.needs import ClientState, Flow, Retries, answer, connected
 from sqlrooms_server.client.reads import is_read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +130,82 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """What was said in a channel. ``payload`` is a JSON value.
+
+    It is not to be changed: other subscriptions of this client get the same one. ``offset`` is
+    where a later subscription can go on (``since``); what was said only to some has none.
+    """
+
+    payload: Any
+    offset: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A connection that hears a channel. ``user`` is what it calls itself, which nobody checks."""
+
+    connection_id: str
+    user: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """``member`` hears the channel from now on."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """``member`` hears the channel no more."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """Something that a subscription does not tell may have come before what follows.
+
+    ``messages`` is False when that can only be joins and leaves, which nobody remembers.
+    """
+
+    messages: bool = True
+
+
+Heard = Message | Joined | Left | Missed
+
+
+@dataclass(frozen=True, slots=True)
+class Subscribed:
+    """The subscription begins after the message of ``offset``, None when such messages follow.
+
+    ``recovered``: what was said since the offset that was asked for has been sent.
+    """
+
+    offset: str | None
+    recovered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NotifyAck:
+    """It was said, to so many if it was for some only."""
+
+    delivered: int | None
+
+
+class MemberList(list[Member]):
+    """Members of a channel, the first 1000; ``total`` is the number of all."""
+
+    total = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Welcome:
     """What the server offers. ``upload_window`` is in bytes."""
 
     upload_window: int
+    connection_id: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +235,10 @@ Reply = (
     | CacheStats
     | Watching
     | Change
+    | Heard
+    | Subscribed
+    | NotifyAck
+    | MemberList
     | Welcome
     | Failed
     | Lost

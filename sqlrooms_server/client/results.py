@@ -1,4 +1,4 @@
-"""What results and watches tell about themselves, waiting or for asyncio."""
+"""What results and feeds tell about themselves, waiting or for asyncio."""
 
 from __future__ import annotations
 
@@ -68,6 +68,18 @@ class WatchState:
         """The version of the last change that was read, for ``since`` of a later watch."""
         version: str | None = self._feed.version
         return version
+
+
+class SubscriptionState:
+    """The part of a subscription that waits for nothing."""
+
+    _feed: Any
+
+    @property
+    def offset(self) -> str | None:
+        """Where the reader is, for ``since`` of a later subscription."""
+        offset: str | None = self._feed.offset
+        return offset
 
 
 class RowList(list[dict[str, Any]]):

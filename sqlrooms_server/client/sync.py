@@ -5,17 +5,17 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from sqlrooms_server.client import flows, needs
 from sqlrooms_server.client.errors import ConnectionLost
 from sqlrooms_server.client.link import Link
-from sqlrooms_server.client.replies import CacheStats, Progress
+from sqlrooms_server.client.replies import CacheStats, MemberList, Progress
 from sqlrooms_server.client.results import RowList
 from sqlrooms_server.client.streams import as_reader
-from sqlrooms_server.client.sync_feeds import Live, Watch
+from sqlrooms_server.client.sync_feeds import Live, Subscription, Watch
 from sqlrooms_server.client.sync_results import Result, Session
 from sqlrooms_server.client.sync_wire import Wire, receive
 from sqlrooms_server.client.values import Parameters
@@ -25,15 +25,22 @@ ProgressOption = bool | Callable[[Progress], None] | None
 
 
 def connect(
-    url: str = "ws://localhost:4000", *, token: str | None = None, connect_timeout: float = 10.0
+    url: str = "ws://localhost:4000",
+    *,
+    token: str | None = None,
+    user: str | None = None,
+    connect_timeout: float = 10.0,
 ) -> Client:
     """Connect to a server. ``connect_timeout`` is in seconds.
 
+    ``user`` is the name under which others in a channel see and address this client, 1 to 255
+    bytes that nobody checks.
+
     Raises ``OSError`` when nothing listens there, ``ConnectionLost`` (which is one) when what
     listens is no such server, ``RequestFailed`` with the code ``unauthorized`` for a wrong
-    ``token``, and ``ValueError`` for what is no address.
+    ``token`` or ``bad_request`` for what is no ``user``, and ``ValueError`` for what is no address.
     """
-    client = Client(url, token, connect_timeout)
+    client = Client(url, token, user, connect_timeout)
     client._connected(None)
     return client
 
@@ -49,9 +56,12 @@ class Client:
     Ctrl+C during a call cancels it on the server too.
     """
 
-    def __init__(self, url: str, token: str | None, connect_timeout: float) -> None:
+    def __init__(
+        self, url: str, token: str | None, user: str | None, connect_timeout: float
+    ) -> None:
         self._url = url
         self._token = token
+        self._user = user
         self._connect_timeout = connect_timeout
         self._requests = flows.Requests()
         self._connecting = threading.Lock()
@@ -178,6 +188,47 @@ class Client:
         )
         return Live(self, self._requests.live(request))
 
+    def notify(self, channel: str, payload: Any, to: Mapping[str, str] | None = None) -> int | None:
+        """Say ``payload``, any JSON value, to those who hear ``channel``.
+
+        With ``to``, ``{"user": name}`` or ``{"connection": id}``, only to those of them, and the
+        answer is their number. It has been taken up when this returns; after ``ConnectionLost`` it
+        may have been said or not. Raises ``TypeError`` for what is no JSON value, and
+        ``RequestFailed`` with the code ``too_large`` or ``busy`` for what is over a limit.
+        """
+        return self._run(self._requests.notify(channel, payload, to))
+
+    def subscribe(
+        self,
+        channel: str,
+        *,
+        recover: bool = False,
+        since: str | None = None,
+        presence: bool = False,
+    ) -> Subscription:
+        """Hear what is said in ``channel`` from now on, by this client too.
+
+        With ``recover`` what is said while the connection is lost comes later, or ``Missed`` says
+        that it is gone. ``since`` is the ``offset`` of a message, or of an earlier subscription:
+        what was said since comes first; it implies ``recover``. With ``presence`` come ``Joined``
+        and ``Left`` for other clients. A client may have several subscriptions to one channel.
+        """
+        feed = self._requests.subscribe(channel, recover=recover, since=since, presence=presence)
+        return Subscription(self, feed)
+
+    def members(self, channel: str) -> MemberList:
+        """Who hears ``channel``: a list of ``Member``.
+
+        Only for those who do so themselves; others get ``RequestFailed`` with the code
+        ``not_found``.
+        """
+        return self._run(self._requests.members(channel))
+
+    @property
+    def connection_id(self) -> str | None:
+        """Which ``Member`` this client is, as long as its connection lasts."""
+        return None if self._wire is None else self._wire.link.connection_id
+
     def upload(self, table_name: str, data: Any, mode: str = "replace") -> int:
         """Send ``data`` into ``table_name``, whole or not at all, and return the number of rows.
 
@@ -261,7 +312,7 @@ class Client:
                     timeout = max(0.001, min(timeout, deadline - time.monotonic()))
                 wire = Wire(self._url, self._token, timeout)
                 try:
-                    self._run(needs.greet(wire.link, timeout))
+                    self._run(needs.greet(wire.link, timeout, self._user))
                 except BaseException:
                     wire.close()
                     raise

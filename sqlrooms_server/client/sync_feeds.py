@@ -1,4 +1,4 @@
-"""Watches and live queries for programs that wait."""
+"""Watches, live queries and subscriptions for programs that wait."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sqlrooms_server.client import feeds
 from sqlrooms_server.client.queries import Snapshot
-from sqlrooms_server.client.replies import Change
-from sqlrooms_server.client.results import WatchState
+from sqlrooms_server.client.replies import Change, Heard
+from sqlrooms_server.client.results import SubscriptionState, WatchState
 from sqlrooms_server.client.sync_results import Result
 
 if TYPE_CHECKING:
@@ -93,3 +93,17 @@ class Live(Feed[Snapshot, Result]):
 
     def _item(self, told: Snapshot) -> Result:
         return Result(self._client, told)
+
+
+class Subscription(SubscriptionState, Feed[Heard, Heard]):
+    """What is said in a channel: each ``Message`` once, in the order in which it was said.
+
+    With ``presence`` there are ``Joined`` and ``Left`` between them. After a lost connection it
+    goes on with what is said then. With ``recover`` what was missed comes first, or one ``Missed``
+    in the place of what is gone; with ``presence`` there always is a ``Missed``, after which
+    ``members`` tells who is there. 16 MiB may wait for who reads slowly; over that it is as if the
+    connection were lost.
+    """
+
+    def _item(self, told: Heard) -> Heard:
+        return told

@@ -9,8 +9,10 @@ from dataclasses import replace
 import pyarrow as pa
 
 from sqlrooms_server.client.errors import ConnectionLost, QueryTimeout
+from sqlrooms_server.client.exchanges import Exchange
 from sqlrooms_server.client.feeds import Feed
-from sqlrooms_server.client.messages import WATCH, Key, encode
+from sqlrooms_server.client.link import Link
+from sqlrooms_server.client.messages import WATCH, encode
 from sqlrooms_server.client.needs import ClientState, Flow
 from sqlrooms_server.client.queries import GRACE_S, Attempts, Request, Snapshot
 from sqlrooms_server.client.replies import Change, Chunk, Reply, Watching
@@ -42,12 +44,14 @@ class Watch(Feed[Change]):
             self._learn(reply)
         return None if is_first else reply
 
-    def _key(self) -> Key:
+    def _open(self, link: Link) -> Exchange:
         self._query_id = self._new_id()
-        return WATCH, self._query_id
+        return link.open((WATCH, self._query_id), is_feed=True)
 
-    def _message(self) -> str:
-        return encode(type=WATCH, queryId=self._query_id, tables=self._tables, since=self.version)
+    def _send(self, link: Link) -> None:
+        link.send(
+            encode(type=WATCH, queryId=self._query_id, tables=self._tables, since=self.version)
+        )
 
     def _take(self, reply: Reply) -> Change | None:
         if isinstance(reply, Watching):
@@ -88,13 +92,13 @@ class Live(Feed[Snapshot]):
         except TimeoutError:
             raise QueryTimeout("The server did not answer in time.") from None
 
-    def _key(self) -> Key:
+    def _open(self, link: Link) -> Exchange:
         self._is_subscribed_again = self._last is not None
         self._request.query_id = self._new_id()
-        return "query", self._request.query_id
+        return link.open(("query", self._request.query_id), is_feed=True)
 
-    def _message(self) -> str:
-        return self._request.message(self._request.timeout)
+    def _send(self, link: Link) -> None:
+        link.send(self._request.message(self._request.timeout))
 
     def _take(self, reply: Reply) -> Snapshot | None:
         if not isinstance(reply, Chunk):
