@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from sqlrooms_server.server import Server
 from sqlrooms_server.settings import Settings
+from tests.recorder import Recorder
 from tests.wire import DEADLINE, Wire
 
 
@@ -133,3 +135,12 @@ def wire(server: LocalServer) -> Iterator[Wire]:
     """A connection to ``server``."""
     with server.connect() as connected:
         yield connected
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    """A transport without a server."""
+    made = Recorder()
+    made.start()
+    yield made
+    made.transport.stop(time.monotonic() + 2)

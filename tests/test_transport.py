@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,63 +17,12 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from sqlrooms_server.errors import StartupError
-from sqlrooms_server.transport import (
-    Connection,
-    Exchange,
-    HttpRequest,
-    Refusal,
-    Transport,
-    TransportLimits,
-)
+from sqlrooms_server.transport import Refusal
 from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Chunk, Pull
 from tests.leaks import assert_leaks_nothing
+from tests.recorder import Recorder, open_connection
 from tests.test_large_results import abort
 from tests.wire import DEADLINE, Wire
-
-LIMITS = TransportLimits(
-    max_message_size=1 << 20,
-    max_body=1 << 10,
-    max_queued=8 << 20,
-    max_connections=100,
-    idle_timeout=8,
-)
-
-
-class Recorder:
-    """A handler that answers every message with itself, unless told otherwise."""
-
-    def __init__(self) -> None:
-        self.transport = Transport(self, LIMITS)
-        self.connections: list[Connection] = []
-        self.opened_event = threading.Event()
-        self.closed_event = threading.Event()
-        self.verdict: object = None
-
-    def upgrade(self, request: HttpRequest) -> object | Refusal:
-        self.request = request
-        return self.verdict
-
-    def opened(self, connection: Connection) -> None:
-        self.connections.append(connection)
-        self.opened_event.set()
-
-    def message(self, connection: Connection, data: bytes, is_text: bool) -> None:
-        connection.send(data, is_text=is_text)
-
-    def closed(self, connection: Connection) -> None:
-        self.closed_event.set()
-
-    def http(self, request: HttpRequest, exchange: Exchange) -> None:
-        exchange.respond(200, request.path.encode())
-
-
-@pytest.fixture
-def recorder() -> Iterator[Recorder]:
-    made = Recorder()
-    made.port = made.transport.start("127.0.0.1", 0)  # type: ignore[attr-defined]
-    made.url = f"ws://127.0.0.1:{made.port}"  # type: ignore[attr-defined]
-    yield made
-    made.transport.stop(time.monotonic() + 2)
 
 
 class Produced:
@@ -98,10 +46,24 @@ class Produced:
         self.was_dropped.set()
 
 
-def open_connection(recorder: Any, wire: Wire) -> Connection:
-    assert recorder.opened_event.wait(DEADLINE)
-    connection: Connection = recorder.connections[-1]
-    return connection
+class Paused:
+    """A source of two fragments, the second one when ``is_ready``."""
+
+    def __init__(self) -> None:
+        self._has_begun = False
+        self.is_ready = False
+
+    def pull(self) -> tuple[Chunk, bool] | Pull:
+        if self._has_begun:
+            return (b"end", True) if self.is_ready else Pull.NOT_READY
+        self._has_begun = True
+        return b"begin ", False
+
+    def sent(self) -> None:
+        pass
+
+    def dropped(self) -> None:
+        pass
 
 
 def test_messages_of_every_size_come_back_whole(recorder: Any) -> None:
@@ -204,6 +166,44 @@ def test_a_client_that_does_not_read_is_cut_off(recorder: Any) -> None:
         abort(wire)
 
 
+def test_a_client_is_told_that_too_much_waits_behind_a_pause(recorder: Any) -> None:
+    """Nothing is in the socket, so that no drain callback follows."""
+    with Wire(recorder.url) as wire:
+        connection = open_connection(recorder, wire)
+
+        def flood() -> None:
+            connection.stream(Paused(), is_text=False)
+            while connection.is_open:
+                connection.send(b"x" * 100_000, is_text=False)
+
+        recorder.transport.post(flood)
+        with pytest.raises(ConnectionClosed) as closed:
+            wire.socket.recv(timeout=DEADLINE)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1013
+
+
+def test_sending_closes_nothing_before_it_returns(recorder: Any) -> None:
+    """Whoever sends to many must not see them leave meanwhile."""
+    with Wire(recorder.url) as wire:
+        connection = open_connection(recorder, wire)
+        source = Paused()
+        closed_meanwhile = []
+
+        def turn() -> None:
+            connection.stream(source, is_text=False)
+            connection.close(1000, "")
+            source.is_ready = True
+            connection.send(b"after", is_text=False)
+            closed_meanwhile.append(recorder.closed_event.is_set())
+
+        recorder.transport.post(turn)
+        assert wire.socket.recv(timeout=DEADLINE) == b"begin end"
+        assert wire.socket.recv(timeout=DEADLINE) == b"after"
+        assert recorder.closed_event.wait(DEADLINE)
+        assert closed_meanwhile == [False]
+
+
 def test_closing_comes_after_what_was_sent(recorder: Any) -> None:
     with Wire(recorder.url) as wire:
         connection = open_connection(recorder, wire)
@@ -244,6 +244,25 @@ def test_what_was_sent_arrives_before_the_end_of_a_stop(recorder: Any) -> None:
         stopper.join()
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1001
+
+
+def test_a_stop_waits_for_what_was_posted_by_what_was_posted(recorder: Any) -> None:
+    with Wire(recorder.url) as wire:
+        connection = open_connection(recorder, wire)
+        post = recorder.transport.post
+        taken = threading.Event()
+        # All that follows is posted in one turn.
+        post(taken.wait, DEADLINE)
+        post(lambda: post(lambda: connection.send(b"last", is_text=False)))
+        stopper = threading.Thread(
+            target=recorder.transport.stop, args=(time.monotonic() + DEADLINE,)
+        )
+        stopper.start()
+        while len(recorder.transport._inbox) < 2:
+            time.sleep(0.001)
+        taken.set()
+        assert wire.socket.recv(timeout=DEADLINE) == b"last"
+        stopper.join()
 
 
 def test_pings_keep_a_silent_client_and_find_a_dead_one(recorder: Any) -> None:

@@ -228,7 +228,7 @@ class Connection:
         self.pump()
 
     def close(self, code: int, reason: str) -> None:
-        """Close with ``code`` once everything before was sent."""
+        """Close with ``code`` once everything before was sent, and not before this returns."""
         self.leave_topics()
         self._close_when_sent = (code, reason.encode())
         self.pump()
@@ -362,14 +362,23 @@ class Connection:
                 self._write(part, opcode, last=number == len(parts))
 
     def _close_if_sent(self) -> None:
-        if self._close_when_sent is None or self._ws is None:
-            return
-        if self._under_way or self._messages or self._streams or self._frame_sources:
-            return
-        # What uWebSockets still holds would be lost; the drain callback comes back here.
-        if self._buffered() == 0:
+        # Later, because the handler is told at once: whoever sends would see clients vanish.
+        if self._close_when_sent is not None and self._may_close():
+            self._post(self._close_now)
+
+    def _close_now(self) -> None:
+        if self._close_when_sent is not None and self._may_close():
             code, reason = self._close_when_sent
             native.ws_end(native.PLAIN, self._ws, code, reason, len(reason))
+
+    def _may_close(self) -> bool:
+        """Whether everything was sent. The drain callback asks again."""
+        if self._ws is None:
+            return False
+        if self._under_way or self._messages or self._streams or self._frame_sources:
+            return False
+        # What uWebSockets still holds would be lost.
+        return self._buffered() == 0
 
     def opened(self, ws: Any) -> None:
         """For the transport: the socket is ``ws``."""
@@ -389,6 +398,8 @@ class Connection:
         self._close_when_sent = _TOO_SLOW, reason
         self._drop_all()
         self._post(self._on_cut_off, self)
+        # What waited may have waited for its producer: then there is no drain callback.
+        self._close_if_sent()
 
     def _drop_all(self) -> None:
         entries = list(self._streams)

@@ -179,11 +179,14 @@ class Transport:
 
     def _drain(self) -> None:
         self._close_listeners()
+        # What was posted before the stop may have posted the rest of its work.
+        self._turn(lib.SOCKETIFY_RUN_NOWAIT)
         for connection in self.connections:
             connection.close(1001, "The server is shutting down.")
+        self._turn(lib.SOCKETIFY_RUN_NOWAIT)
         while self._connections and time.monotonic() < self._deadline:
-            self._turn(lib.SOCKETIFY_RUN_NOWAIT)
             time.sleep(0.001)
+            self._turn(lib.SOCKETIFY_RUN_NOWAIT)
 
     def _create(self) -> None:
         self._uv = lib.socketify_create_loop()
