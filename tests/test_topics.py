@@ -9,10 +9,14 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import psutil
+import pytest
+from websockets.exceptions import ConnectionClosed
 
+from sqlrooms_server.transport import Connection, Topic
 from tests.conftest import LocalServer
+from tests.recorder import Recorder, open_connection
 from tests.test_channels import said, subscribe
-from tests.wire import DEADLINE, Arrow
+from tests.wire import DEADLINE, Arrow, Wire
 
 LARGE = "select range as a, repeat('x', 20) as b from range(200000)"
 
@@ -66,6 +70,46 @@ def test_much_at_once_to_one_who_reads_late(launch: Callable[..., LocalServer]) 
         for wire in (hearer, late):
             for number, size in enumerate(sizes):
                 assert wire.receive() == said([number, "x" * size])
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda connection, topic: topic.discard(connection),
+        lambda connection, topic: connection.leave_topics(),
+        lambda connection, topic: connection.close(1000, ""),
+    ],
+    ids=["discard", "serve apart", "close"],
+)
+def test_who_leaves_hears_what_was_sent_before(
+    recorder: Recorder, leave: Callable[[Connection, Topic], None]
+) -> None:
+    """The library forgets what it has not sent yet to a connection that leaves its last topic."""
+    with Wire(recorder.url) as wire:
+        connection = open_connection(recorder, wire)
+
+        def turn() -> None:
+            topic = recorder.transport.topic()
+            topic.add(connection)
+            topic.send([b"one", b"two"])
+            leave(connection, topic)
+            connection.send(b"after", is_text=True)
+
+        recorder.transport.post(turn)
+        received = [wire.socket.recv(timeout=DEADLINE) for _ in range(3)]
+        assert received == ["one", "two", "after"]
+
+
+def test_who_is_closed_hears_what_was_said_before(server: LocalServer) -> None:
+    for number in range(10):
+        with server.connect() as wire:
+            name = wire.request(type="hello")["connectionId"]
+            subscribe(wire)
+            server.server.channels.publish("c", number)
+            assert server.server.connections.close(name)
+            assert wire.receive() == said(number)
+            with pytest.raises(ConnectionClosed):
+                wire.receive()
 
 
 def test_another_way_to_hear_the_same_channel(server: LocalServer) -> None:

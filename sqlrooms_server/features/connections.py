@@ -62,12 +62,15 @@ class Connections(Feature):
         return self._ask(lambda: len(self._infos(None)))
 
     def close(self, connection_id: str, reason: str = "Closed by the server.") -> bool:
-        """Close a connection, with code 1000; False when there is none of that id."""
+        """Close a connection, with code 1000, after what was said before; False when there is none
+        of that id.
+        """
 
         def close() -> bool:
             peer = self._peers.get(connection_id)
             if peer is not None:
-                peer.close(1000, reason)
+                # What was said in this turn of the loop is sent at its end.
+                self._post(peer.close, 1000, reason)
             return peer is not None
 
         return self._ask(close)

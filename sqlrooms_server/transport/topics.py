@@ -18,6 +18,10 @@ from sqlrooms_server.transport.connection import (
     Connection,
 )
 
+# The topic of every connection that was ever in one, and of no message. uWebSockets forgets what a
+# connection is still to be sent when it leaves its last topic.
+_KEPT = b"0"
+
 
 class Topics:
     """All topics of one transport, and how much was published. For the loop thread."""
@@ -58,6 +62,7 @@ class Topics:
 
     def joined(self, connection: Connection) -> None:
         self._connections[connection] = None
+        native.ws_subscribe(native.PLAIN, connection.ws, _KEPT, len(_KEPT))
 
     def left(self, connection: Connection) -> None:
         self._connections.pop(connection, None)
