@@ -114,6 +114,7 @@ class Server:
                 "set SQLROOMS_AUTH_TOKEN or --auth-token-file, or listen on 127.0.0.1."
             )
         with contextlib.ExitStack() as undo:
+            undo.callback(self.channels.stop)
             port = self._transport.start(settings.host, settings.port)
             undo.callback(lambda: self._transport.stop(time.monotonic()))
             restore_cache = self._open_cache()
@@ -154,6 +155,7 @@ class Server:
         reason = ShuttingDown("The server is shutting down.")
         self._transport.post(self._requests.abandon, reason)
         self._transport.stop(began + _REPLIES_SENT_BY)
+        self.channels.stop()
         if ended:
             self._sessions.close_all()
         closed = self._engine.close(began + _DATABASE_CLOSED_BY) and ended

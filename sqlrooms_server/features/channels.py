@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from urllib.parse import parse_qs, unquote
 
 from sqlrooms_server.errors import BadRequest, Busy, NotFound, ServerError, TooLarge
 from sqlrooms_server.features import Feature, MessageHandler, Route
+from sqlrooms_server.features.backlog import Backlog
 from sqlrooms_server.features.rates import Rates
 from sqlrooms_server.hub import Channel, Hearing, Hub, Said
 from sqlrooms_server.messages import Notify, Presence, Subscribe, Target, Unsubscribe
@@ -31,8 +31,10 @@ from sqlrooms_server.transport import Exchange, HttpRequest
 # messages.
 _MAX_TOLD_MEMBERS = 1000
 
-# Messages of other threads that wait for the loop.
+# Messages of other threads that wait for the loop, and their bytes. It takes them in one turn,
+# in which nobody can read: more would be too many for the queues of those who read well.
 _MAX_PUBLISHED = 10_000
+_MAX_PUBLISHED_BYTES = 16 << 20
 
 _STATUS = {"bad_request": 400, "too_large": 413, "busy": 429}
 
@@ -91,7 +93,7 @@ class Channels(Feature):
         self._rates: Rates[Peer | str] = Rates(settings.notify_rate)
         self._sayings: list[_Saying] = []
         self._forgets = False
-        self._published = threading.BoundedSemaphore(_MAX_PUBLISHED)
+        self._published = Backlog(_MAX_PUBLISHED, _MAX_PUBLISHED_BYTES)
 
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
@@ -120,18 +122,22 @@ class Channels(Feature):
         """Say ``payload``, a JSON value, to those who hear ``channel``.
 
         Only to some of them with ``to``: ``{"user": name}`` or ``{"connection": id}``. From any
-        thread but the loop's; waits while 10,000 messages wait for that. Raises ``BadRequest`` or
-        ``TooLarge``.
+        thread but the loop's; waits while 10,000 messages or 16 MiB wait for that. Nobody hears
+        what is said after the server stopped. Raises ``BadRequest`` or ``TooLarge``.
         """
         name = channel_name(channel)
         target = None if to is None else as_target(dict(to))
         plain = encode_said(name, payload)
         self._check_size(len(plain), name)
-        self._published.acquire()
-        self._post(self._publish, name, payload, plain, target)
+        if self._published.add(len(plain)):
+            self._post(self._publish, name, payload, plain, target)
+
+    def stop(self) -> None:
+        """The loop has ended, or will: whoever publishes must not wait for it."""
+        self._published.end()
 
     def _publish(self, name: str, payload: Any, plain: bytes, to: Target | None) -> None:
-        self._published.release()
+        self._published.remove(len(plain))
         self._say(name, payload, plain, to, None, b"")
 
     def _subscribe(self, peer: Peer, message: Subscribe) -> None:
