@@ -186,6 +186,11 @@ class Settings:
             raise StartupError(
                 f"--log-level must be debug, info, warning or error, not {self.log_level!r}."
             )
+        if self.max_notify_size > self.max_queued_bytes:
+            raise StartupError(
+                f"--max-notify-size ({self.max_notify_size}) is more than --max-queued-bytes "
+                f"({self.max_queued_bytes}): such a message would cut off whoever hears it."
+            )
         if not self.host.strip():
             raise StartupError("--host is empty; use 127.0.0.1, or 0.0.0.0 for every interface.")
         if not self.auth_token.isascii():

@@ -81,6 +81,11 @@ def test_values_out_of_range_name_the_flag(setting: str, value: Any) -> None:
         Settings(**{setting: value})
 
 
+def test_messages_larger_than_what_may_wait() -> None:
+    with pytest.raises(StartupError, match=r"--max-notify-size .* --max-queued-bytes"):
+        Settings(max_notify_size=2 << 20, max_queued_bytes=1 << 20)
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
