@@ -132,7 +132,7 @@ class RoomStore:
         )
 
     def set_aside(self, room: str, seqs: Sequence[int], reason: str) -> None:
-        """Put updates that cannot be read into quarantine; without any, the snapshot of ``room``."""
+        """Put updates that cannot be read into quarantine; without any, the snapshot."""
 
         def done(error: BaseException | None) -> None:
             if error is not None:
