@@ -142,7 +142,7 @@ class Settings:
     )
     room_memory: int = _setting(
         4 << 30,
-        "Address space that a process of documents may use; 0 means any.",
+        "Memory that a process of documents may use; 0 means any.",
         unit="size",
     )
     cache_dir: str = _setting(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 from typing import Any
 
 from loro import ExportMode, LoroDoc, VersionVector
@@ -114,17 +115,18 @@ def updates_of(doc: Any) -> bytes:
 
 
 def large_document(size: int) -> Any:
-    """A document whose snapshot has about ``size`` bytes, quickly made and not to be compressed."""
+    """A document whose snapshot has about ``size`` bytes, quickly made and not to be compressed.
+
+    It holds each value twice: in the history, and in the present state.
+    """
     doc = LoroDoc()
     values = doc.get_map("large")
     part = 256 << 10
-    for number in range(max(1, size // part)):
+    for number in range(max(1, size // part // 2)):
         values.insert(str(number), number.to_bytes(4, "big") + _noise(part, number))
     doc.commit()
     return doc
 
 
 def _noise(size: int, seed: int) -> bytes:
-    import random
-
     return random.Random(seed).randbytes(size)

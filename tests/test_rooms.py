@@ -7,13 +7,14 @@ import os
 import random
 import signal
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from loro import EphemeralStore, ExportMode, LoroDoc, VersionVector
+from loro import EphemeralStore, ExportMode, VersionVector
 
 from tests.conftest import LocalServer
 from tests.loro_client import EMPTY, Client, encoded, large_document, updates_of
@@ -123,7 +124,7 @@ def test_others_get_what_was_new(client: Callable[..., Client]) -> None:
     assert two.values["more"] == 1
 
 
-MALFORMED = {
+MALFORMED: dict[str, Callable[[bytes], bytes]] = {
     "truncated": lambda update: update[:-3],
     "header": lambda update: update[:22],
     "magic": lambda update: b"loro",
@@ -295,7 +296,7 @@ def test_only_what_is_missing_travels_both_ways(client: Callable[..., Client]) -
     one.doc.import_(body)
     assert one.values == two.values
     # Nothing is missing now, and that is said, too.
-    again, header, body = one.join_with_version()
+    _, header, body = one.join_with_version()
     assert header["type"] == "crdt-update"
     assert len(body) < 50
 
@@ -444,75 +445,52 @@ def test_a_process_that_is_killed(client: Callable[..., Client], rooms: LocalSer
 
 
 def test_a_process_of_little_memory(launch: Callable[..., LocalServer]) -> None:
-    server = launch(sync=True, room_memory=300 << 20)
+    server = launch(sync=True, room_memory=120 << 20, max_update_size=64 << 20)
     with server.connect() as a, server.connect() as b:
         one, two = Client(a), Client(b)
         one.join(), two.join()
         one.write("a", 1)
         two.await_value("a", 1)
-        evil = LoroDoc()
-        for number in range(30):
-            evil.get_map("m").insert(str(number), bytes(1 << 20))
-        evil.commit()
-        # Small on the wire, large in memory.
-        update = updates_of(evil)
-        assert len(update) < 15 << 20
-        for _ in range(12):
-            one.send(update)
-        for _ in range(12):
-            assert one.next()["type"] in ("crdt-update-ack", "error")
+        one.send(updates_of(large_document(60 << 20)))
+        error = one.next()
+        assert (error["code"], error["roomId"]) == ("bad_request", "r")
         one.write("b", 2)
-        late = Client(b)
-        late.join()
-        assert late.values["b"] == 2
+        two.await_value("b", 2)
+        assert two.values == {"a": 1, "b": 2}
 
 
 def test_a_large_room_stalls_nobody(launch: Callable[..., LocalServer]) -> None:
     server = launch(sync=True)
     with ExitStack() as stack:
-        large, joiner, one, two = (
-            Client(stack.enter_context(server.connect()), room) for room in ("L", "L", "s", "s")
-        )
-        query = stack.enter_context(server.connect())
-        one.join(), two.join()
-        large.doc = large_document(50 << 20)
-        snapshot = large.doc.export(ExportMode.Snapshot())
+        wires = [stack.enter_context(server.connect()) for _ in range(5)]
+        large, joiner = Client(wires[0], "large"), Client(wires[1], "large")
+        one, two = Client(wires[2]), Client(wires[3])
+        one.join(), two.join(), large.join()
+        snapshot = large_document(50 << 20).export(ExportMode.Snapshot())
         assert len(snapshot) > 48 << 20
-        large.wire.send(type="crdt-join", roomId="L")
-        large.next(), large.next()
-        large.send_snapshot(snapshot)
-        joiner.wire.send(type="crdt-join", roomId="L")
-        worst = 0.0
-        number = 0
-        large.wire.socket.recv_bufsize = 1
-        deadline = time.monotonic() + DEADLINE
-        joined: list[float] = []
-
-        import threading
+        data = encoded(snapshot)
+        large.wire.send(type="crdt-snapshot", roomId="large", data=data)
+        joiner.wire.send(type="crdt-join", roomId="large")
 
         def receive() -> None:
-            while not joined and time.monotonic() < deadline:
-                reply = joiner.next()
-                if isinstance(reply, dict) and len(reply.get("data", "")) > 60 << 20:
-                    joined.append(time.monotonic())
-                elif isinstance(reply, tuple) and len(reply[1]) > 48 << 20:
-                    joined.append(time.monotonic())
+            # In the snapshot, or as an update after it: whoever came first.
+            while len(joiner.wire.socket.recv(timeout=DEADLINE)) < 24 << 20:
+                pass
 
         thread = threading.Thread(target=receive)
         thread.start()
+        times: list[float] = []
         while thread.is_alive():
             began = time.monotonic()
-            one.write("n", number)
-            two.await_value("n", number)
-            query.rows("select 1 as a")
-            worst = max(worst, time.monotonic() - began)
-            number += 1
+            one.write("n", len(times))
+            two.await_value("n", len(times))
+            wires[4].rows("select 1 as a")
+            times.append(time.monotonic() - began)
         thread.join()
-        assert joined
-        assert large.ack() == {"type": "crdt-snapshot-ack", "roomId": "L"}
-        assert number > 10
-        # The client of this process decodes 67 MB on the same interpreter.
-        assert worst < 1.5
+        assert large.ack() == {"type": "crdt-snapshot-ack", "roomId": "large"}
+        assert len(times) > 20
+        # The client on the same interpreter takes some of it.
+        assert max(times) < 1.0
 
 
 def test_a_member_that_does_not_read(launch: Callable[..., LocalServer]) -> None:
@@ -521,11 +499,11 @@ def test_a_member_that_does_not_read(launch: Callable[..., LocalServer]) -> None
         stalled, one, two = Client(a), Client(b), Client(c)
         stalled.wire.send(type="crdt-join", roomId="r")
         one.join(), two.join()
-        text = os.urandom(20_000).hex()
-        for number in range(500):
+        text = os.urandom(1 << 20).hex()
+        for number in range(10):
             one.write("t", [number, text])
             two.receive()
-        assert two.values["t"][0] == 499
+        assert two.values["t"][0] == 9
 
 
 def test_members_leave_with_their_connection(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,8 @@ from sqlrooms_server.db import files
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.statements import quote_identifier
 from sqlrooms_server.errors import QueryError, StartupError
+
+log = logging.getLogger(__name__)
 
 _FORMAT = "sqlrooms rooms 1"
 
@@ -49,7 +54,12 @@ def place(db_path: str, meta_db: str, rooms_db: str) -> str:
 
 def open_store(path: str) -> tuple[duckdb.DuckDBPyConnection, bool]:
     """The connection, and whether the file is new. Raises ``StartupError``."""
-    connection = files.open_database(path, read_only=False, config=_CONFIG)
+    try:
+        connection = files.open_database(path, read_only=False, config=_CONFIG)
+    except StartupError as error:
+        if not _cut_tail(path, str(error)):
+            raise
+        connection = files.open_database(path, read_only=False, config=_CONFIG)
     try:
         with files.explained(path):
             is_new = _prepare(connection, path)
@@ -57,6 +67,30 @@ def open_store(path: str) -> tuple[duckdb.DuckDBPyConnection, bool]:
         connection.close()
         raise
     return connection, is_new
+
+
+_TORN = re.compile(r"Corrupt WAL file: entry at byte position (\d+)")
+
+
+def _cut_tail(path: str, failure: str) -> bool:
+    """Cut the log of DuckDB where it cannot be read on; False when that is not what failed.
+
+    After a loss of power its end may be anything. What was acked stands before it.
+    """
+    torn = _TORN.search(failure)
+    if torn is None:
+        return False
+    wal = Path(path + ".wal")
+    kept = wal.with_name(wal.name + ".damaged")
+    try:
+        shutil.copy2(wal, kept)
+        with wal.open("r+b") as file:
+            # It stands behind the head of the entry: its length and its checksum.
+            file.truncate(max(0, int(torn[1]) - 16))
+    except OSError as error:
+        raise StartupError(f"Cannot repair {wal}: {error.strerror}.") from error
+    log.error("The end of %s was damaged and is left out; a copy is in %s.", wal, kept)
+    return True
 
 
 def _prepare(connection: duckdb.DuckDBPyConnection, path: str) -> bool:

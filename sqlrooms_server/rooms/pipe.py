@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import marshal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Blob = bytes | bytearray
@@ -22,10 +22,15 @@ class Closed(Exception):
 
 
 class Pipe:
-    """One end. For one thread."""
+    """One end. For one thread.
 
-    def __init__(self, end: socket.socket) -> None:
+    When the socket has a timeout, ``on_wait`` is called each time it passes while a message is
+    awaited; it may raise ``Closed``.
+    """
+
+    def __init__(self, end: socket.socket, on_wait: Callable[[], None] = lambda: None) -> None:
         self._socket = end
+        self._on_wait = on_wait
         self._buffer = b""
 
     def send(self, fields: tuple[Any, ...], blobs: Sequence[Blob] = ()) -> None:
@@ -60,7 +65,11 @@ class Pipe:
             if length > _JOINED_BYTES:
                 return self._take_large(length)
             while len(self._buffer) < length:
-                more = self._socket.recv(_JOINED_BYTES)
+                try:
+                    more = self._socket.recv(_JOINED_BYTES)
+                except TimeoutError:
+                    self._on_wait()
+                    continue
                 if not more:
                     raise Closed
                 self._buffer += more
@@ -77,7 +86,11 @@ class Pipe:
         self._buffer = self._buffer[begun:]
         view = memoryview(whole)[begun:]
         while len(view):
-            received = self._socket.recv_into(view)
+            try:
+                received = self._socket.recv_into(view)
+            except TimeoutError:
+                self._on_wait()
+                continue
             if not received:
                 raise Closed
             view = view[received:]
