@@ -26,6 +26,7 @@ from sqlrooms_server.features.health import Health
 from sqlrooms_server.features.live import LiveQueries
 from sqlrooms_server.features.queries import Queries
 from sqlrooms_server.features.requests import Requests, as_server_error
+from sqlrooms_server.features.room_queries import RoomReader
 from sqlrooms_server.features.rooms import NoRooms, Rooms
 from sqlrooms_server.features.sessions import Sessions
 from sqlrooms_server.features.uploads import Uploads
@@ -261,6 +262,9 @@ class Server:
             max_per_connection=settings.max_sessions_per_connection,
             max_sessions=settings.max_sessions,
         )
+        reader = None
+        if self.rooms is not None and self._room_store is not None:
+            reader = RoomReader(self.rooms, self._room_store, self._requests)
         cached = CachedQueries(self._engine, self._scheduler, self._requests, settings, self._cache)
         self._health.start(self._engine)
         # When a client leaves, its requests end before its sessions do.
@@ -273,7 +277,7 @@ class Server:
             self.channels,
             self.rooms or NoRooms(),
             cached,
-            Queries(self._engine, self._requests, self._sessions, cached, settings),
+            Queries(self._engine, self._requests, self._sessions, cached, settings, reader),
             Uploads(self._engine, self._requests, settings),
             Watches(self._engine, self._timers, post, meta_namespace=settings.meta_namespace),
             LiveQueries(self._engine, self._scheduler, self._timers, self._requests, settings),

@@ -68,7 +68,7 @@ class Documents:
         return (), [document.version, snapshot, pending, document.frontiers]
 
     def json(self, name: str) -> Reply:
-        return (), [self._documents[name].json().encode("utf-8", "surrogatepass")]
+        return (), [self._documents[name].json().encode("utf-8", "replace")]
 
     def presence(self, name: str, data: Blob) -> Reply:
         self._documents[name].tell_presence(decoded(bytes(data)))
