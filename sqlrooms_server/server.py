@@ -137,7 +137,7 @@ class Server:
             restore_cache()
             create_meta_tables(self._engine, settings.meta_namespace, settings.meta_db)
             self._open_rooms()
-            undo.callback(self._close_rooms, 0.0, 0.0)
+            undo.callback(lambda: self._close_rooms(time.monotonic(), time.monotonic() + 1.0))
             undo.callback(self._timers.close)
             self._scheduler = Scheduler(settings.worker_count, settings.max_queue, self._timers)
             undo.callback(lambda: self._scheduler.close(time.monotonic() + _QUERIES_STOPPED_BY))

@@ -17,8 +17,6 @@ from sqlrooms_server.rooms.room import (
     Item,
     Join,
     Joined,
-    Leave,
-    Left,
     Outcome,
     Presence,
     Read,
@@ -51,12 +49,10 @@ def run(room: Room, items: Sequence[Any], keeping: Keeping, tell: Tell) -> None:
         elif isinstance(item, Presence):
             keeping.ask("presence", room.name, blobs=[item.data])
             outcome = Told(room, [item])
-        elif isinstance(item, Read):
+        else:
+            assert isinstance(item, Read)
             _read(room, item, keeping)
             return
-        else:
-            assert isinstance(item, Leave)
-            outcome = Left(room, [item])
     except RefusedByLoro as error:
         outcome = Failed(room, [item], BadRequest(str(error)))
     _tell_stored(room, (), outcome, keeping, tell)

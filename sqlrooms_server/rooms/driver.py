@@ -20,7 +20,16 @@ from sqlrooms_server.errors import BadRequest, InternalError, ServerError, Shutt
 from sqlrooms_server.rooms import commands
 from sqlrooms_server.rooms.child import Child, DocumentBroke, Lost, RefusedByLoro
 from sqlrooms_server.rooms.keeping import LARGE_BYTES, Keeping, Moved
-from sqlrooms_server.rooms.room import Failed, Item, Room, Unload, Unloaded
+from sqlrooms_server.rooms.room import (
+    Failed,
+    Item,
+    Leave,
+    Left,
+    Outcome,
+    Room,
+    Unload,
+    Unloaded,
+)
 
 if TYPE_CHECKING:
     from sqlrooms_server.rooms.pool import Pool
@@ -127,6 +136,10 @@ class Driver:
             if isinstance(items[0], Unload):
                 self._unload(room)
                 return
+            if isinstance(items[0], Leave):
+                # Whatever has become of the document.
+                self._tell_behind(room, Left(room, items))
+                return
             self._load(room, sum(item.size for item in items))
             commands.run(room, items, self._keeping, self._pool.tell)
             if self._keeping.should_compact(room):
@@ -151,8 +164,10 @@ class Driver:
             self._tell_failed(room, items, InternalError(text))
 
     def _tell_failed(self, room: Room, items: list[Item], error: ServerError) -> None:
-        """Answer ``items`` with ``error``, behind what came before them."""
-        outcome = Failed(room, items, error)
+        self._tell_behind(room, Failed(room, items, error))
+
+    def _tell_behind(self, room: Room, outcome: Outcome) -> None:
+        """Tell ``outcome`` behind what came of the items before."""
         self._pool.store.append(room.name, (), Line(), lambda _: self._pool.tell(outcome))
 
     def _try_again(self, room: Room, items: list[Item], reason: str) -> None:
@@ -229,9 +244,7 @@ class Driver:
         except Lost as error:
             self._lost(error)
         self._rooms.discard(room)
-        # Behind what came of the last items.
-        outcome = Unloaded(room, [])
-        self._pool.store.append(room.name, (), Line(), lambda _: self._pool.tell(outcome))
+        self._tell_behind(room, Unloaded(room, []))
 
     def _look_after(self) -> None:
         """What time asks for: snapshots of rooms that change seldom, and the end of idle ones."""
