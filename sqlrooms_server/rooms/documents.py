@@ -118,11 +118,12 @@ class Document:
         before = self._doc.oplog_vv
         applied = Applied([])
         known: dict[int, VersionVector] = {}
+        is_done = self._import_together([update for _, update in updates])
         for sender, update in updates:
             vector = known.setdefault(sender, self._copy(before))
             try:
                 if update[_MODE] == _UPDATES:
-                    status = self._import(update)
+                    status = None if is_done else self._import(update)
                     vector.merge(LoroDoc.decode_import_blob_meta(update, True).partial_end_vv)
                 else:
                     update, end, is_whole = self._rest_of_snapshot(update)
@@ -132,7 +133,7 @@ class Document:
             except Refused as error:
                 applied.statuses.append((str(error), error.is_outdated))
                 continue
-            if status.pending is None:
+            if status is None or status.pending is None:
                 applied.statuses.append("applied")
             else:
                 applied.statuses.append("pending")
@@ -221,6 +222,22 @@ class Document:
         if not self._presence.keys():
             return b""
         return bytes(_guarded(self._presence.encode_all))
+
+    def _import_together(self, updates: Sequence[bytes]) -> bool:
+        """Import all of ``updates`` if all can be applied, which is faster than one by one.
+
+        What is concurrent with much of the history takes Loro a walk through that, only once so.
+        """
+        if len(updates) < 2 or any(update[_MODE] != _UPDATES for update in updates):
+            return False
+        try:
+            status = _guarded(lambda: self._doc.import_batch(list(updates)))
+        except Refused as error:
+            if self._doc.oplog_vv != self._doc.state_vv:
+                raise Broken(str(error)) from error
+            return False
+        # Of those that wait, only importing them again tells which they are.
+        return status.pending is None
 
     def _import(self, update: bytes) -> Any:
         """Import; an update that is refused has changed nothing."""
