@@ -522,3 +522,25 @@ def test_members_leave_with_their_connection(
     assert [len(entry.members) for entry in feature._entries.values()].count(1) == 1
     assert sum(len(entry.members) for entry in feature._entries.values()) == 1
     assert len(feature._of_peer) == 1
+
+
+def test_joining_again_while_the_document_is_sent(rooms: LocalServer) -> None:
+    with rooms.connect() as a, rooms.connect() as b:
+        one, two = Client(a), Client(b)
+        one.doc = large_document(8 << 20)
+        one.join()
+        one.send_snapshot()
+        assert one.ack()["type"] == "crdt-snapshot-ack"
+        for _ in range(3):
+            two.wire.send(type="crdt-join", roomId="r")
+        for number in range(20):
+            one.write("n", number)
+        joins = 0
+        while two.values.get("n") != 19 or joins < 3:
+            reply = two.next()
+            if isinstance(reply, tuple):
+                assert joins, "an update came before the document"
+                assert two.doc.import_(reply[1]).pending is None
+            elif reply["type"] == "crdt-snapshot":
+                joins += 1
+                two.doc.import_(base64.b64decode(reply["data"], validate=True))

@@ -61,7 +61,7 @@ class Member:
         # Short messages overtake a large one that is still to be sent. Those about its document
         # must not.
         self._is_sending = False
-        self._waiting: list[bytes] = []
+        self._waiting: list[tuple[bytes, Blob, bytes, bool]] = []
         self._waiting_bytes = 0
 
     def send_document(self, kind: str, data: Blob) -> None:
@@ -85,8 +85,7 @@ class Member:
 
     def _send(self, head: bytes, body: Blob, tail: bytes, *, is_text: bool) -> None:
         if self._is_sending:
-            assert not is_text or not self._waiting
-            self._wait(head + body)
+            self._wait(head, body, tail, is_text)
         elif len(head) + len(body) > _PIECE_BYTES:
             self._is_sending = True
             source = Large(head, body, tail, as_base64=is_text, ended=self._sent)
@@ -96,20 +95,21 @@ class Member:
         else:
             self.peer.send_binary(bytes(head + body))
 
-    def _wait(self, message: bytes) -> None:
-        self._waiting_bytes += len(message)
+    def _wait(self, head: bytes, body: Blob, tail: bytes, is_text: bool) -> None:
+        # What large documents have, all who wait for them share.
+        self._waiting_bytes += min(len(body), _PIECE_BYTES)
         if self._waiting_bytes > self._max_waiting:
             self._waiting.clear()
             self.is_joined = False
             self.peer.close(1013, "The client does not read what it is sent (--max-queued-bytes).")
         else:
-            self._waiting.append(message)
+            self._waiting.append((head, body, tail, is_text))
 
     def _sent(self) -> None:
         self._is_sending = False
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        for message in waiting:
-            self._send(b"", message, b"", is_text=False)
+        for head, body, tail, is_text in waiting:
+            self._send(head, body, tail, is_text=is_text)
 
 
 def _base64(data: Blob | memoryview) -> bytes:

@@ -9,10 +9,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from sqlrooms_server.errors import BadRequest, Busy, QueryId, ServerError, TooLarge
+from sqlrooms_server.errors import BadRequest, Busy, ServerError, TooLarge
 from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.membership import Member
 from sqlrooms_server.features.rates import Rates
+from sqlrooms_server.features.room_answers import (
+    BARE,
+    SNAPSHOT,
+    Answer,
+    about,
+    acknowledge,
+    presence_message,
+)
 from sqlrooms_server.messages import (
     RoomJoin,
     RoomLeave,
@@ -49,18 +57,6 @@ MAX_WAITING_BYTES = 64 << 20
 _ITEM_BYTES = 300
 
 MAX_PRESENCE_BYTES = 64 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """How an update is answered: as a snapshot, as a bare one, or with its header."""
-
-    kind: str
-    id: QueryId | None = None
-
-
-_BARE = _Answer("crdt-update-ack")
-_SNAPSHOT = _Answer("crdt-snapshot-ack")
 
 
 @dataclass(eq=False)
@@ -145,7 +141,7 @@ class Rooms(Feature):
 
     def _update(self, peer: Peer, message: RoomUpdate) -> None:
         member = self._member_of_update(peer, message.room)
-        answer = _BARE if message.room is None else _Answer("", message.id)
+        answer = BARE if message.room is None else Answer("", message.id)
         limit = self._settings.max_update_size
         if not self._rates.allows(peer):
             rate = self._settings.update_rate
@@ -193,7 +189,7 @@ class Rooms(Feature):
                     "allowed (--max-room-size)."
                 ),
             )
-        update = Update(member, message.data, _SNAPSHOT, is_text=True)
+        update = Update(member, message.data, SNAPSHOT, is_text=True)
         self._put(self._entries[message.room], update)
 
     def _presence(self, peer: Peer, message: RoomPresence) -> None:
@@ -260,7 +256,7 @@ class Rooms(Feature):
     def _applied(self, outcome: Applied) -> None:
         entry = self._entries[outcome.room.name]
         # The acks first: who sent something hears of it before it hears of more.
-        self._acknowledge(outcome)
+        acknowledge(outcome.items, outcome.statuses)
         if not outcome.delta:
             return
         senders = {item.client for item in outcome.items}
@@ -277,13 +273,6 @@ class Rooms(Feature):
                 if framed is None and member.has_versions:
                     framed = binary_head(type="crdt-update", roomId=member.room) + bare
                 member.send_update(bare, framed)
-
-    def _acknowledge(self, outcome: Applied) -> None:
-        acks: dict[Member, list[dict[str, Any]]] = {}
-        for item, status in zip(outcome.items, outcome.statuses, strict=True):
-            _add_ack(acks.setdefault(item.client, []), item, status)
-        for member, fields in acks.items():
-            member.peer.send_all([encode(ack) for ack in fields])
 
     def _joined(self, outcome: Joined) -> None:
         (item,) = outcome.items
@@ -306,7 +295,7 @@ class Rooms(Feature):
         kind = "crdt-update" if outcome.kind == "update" else "crdt-snapshot"
         member.send_document(kind, outcome.data)
         if outcome.presence:
-            member.peer.send(_presence_message(member.room, base64.b64encode(outcome.presence)))
+            member.peer.send(presence_message(member.room, base64.b64encode(outcome.presence)))
 
     def _left(self, outcome: Left) -> None:
         member: Member = outcome.items[0].client
@@ -321,7 +310,7 @@ class Rooms(Feature):
 
     def _told(self, outcome: Told) -> None:
         (item,) = outcome.items
-        message = _presence_message(outcome.room.name, item.data)
+        message = presence_message(outcome.room.name, item.data)
         for member in self._entries[outcome.room.name].members.values():
             if member.is_joined and member.has_versions and member is not item.client:
                 member.peer.send(message)
@@ -330,14 +319,13 @@ class Rooms(Feature):
         for item in outcome.items:
             member = item.client
             if isinstance(item, Update):
-                statuses: list[str | ServerError] = [outcome.error]
-                self._acknowledge(Applied(outcome.room, [item], statuses, b"", {}))
+                acknowledge([item], [outcome.error])
             elif isinstance(member, Member):
                 if isinstance(item, Join) and not member.is_joined:
                     member.is_in = False
                     self._of_peer.get(member.peer, {}).pop(member.room, None)
                     self._drop(member.room, member)
-                member.peer.send_error(_about(outcome.room.name, outcome.error))
+                member.peer.send_error(about(outcome.room.name, outcome.error))
 
     def _unloaded(self, outcome: Unloaded) -> None:
         name = outcome.room.name
@@ -352,7 +340,7 @@ class Rooms(Feature):
             entry.room.touch()
 
     def _refuse(self, name: str, error: ServerError) -> NoReturn:
-        raise _about(name, error)
+        raise about(name, error)
 
 
 class NoRooms(Feature):
@@ -367,40 +355,3 @@ class NoRooms(Feature):
         error = BadRequest("This server has no rooms; start it with --sync.")
         error.room = message.room
         raise error
-
-
-def _about(name: str, error: ServerError) -> ServerError:
-    """A copy of ``error`` that says which room it is about."""
-    copy = type(error)(str(error))
-    copy.room = name
-    return copy
-
-
-def _presence_message(name: str, data: bytes) -> bytes:
-    return encode({"type": "crdt-presence", "roomId": name, "data": data.decode()})
-
-
-def _add_ack(acks: list[dict[str, Any]], item: Update, status: str | ServerError) -> None:
-    """Add the answer to ``item``, to the last one if that says the same."""
-    answer: _Answer = item.answer
-    room = item.client.room
-    if answer.kind:
-        if isinstance(status, ServerError):
-            acks.append(
-                {"type": "error", "roomId": room, "error": str(status), "code": status.code}
-            )
-        else:
-            acks.append({"type": answer.kind, "roomId": room})
-        return
-    ack: dict[str, Any] = {"type": "crdt-update-ack", "roomId": room}
-    if answer.id is not None:
-        ack["id"] = answer.id
-    if isinstance(status, ServerError):
-        acks.append({**ack, "status": "rejected", "error": str(status), "code": status.code})
-        return
-    ack["status"] = status
-    last = acks[-1] if acks else {}
-    if last.get("status") == status:
-        acks[-1] = {**ack, "count": last.get("count", 1) + 1}
-    else:
-        acks.append(ack)
