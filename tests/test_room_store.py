@@ -362,11 +362,11 @@ def test_a_store_that_is_cut_off_while_it_compacts(tmp_path: Path) -> None:
     assert [update for _, update in stored.updates] == [b"three"]
     assert done == [None] * 3
     # Parts of a snapshot that was never ended.
-    store._writer.execute("INSERT INTO parts VALUES ('r', 99, 0, 'zz'::BLOB)")
+    store._writer.native.execute("INSERT INTO parts VALUES ('r', 99, 0, 'zz'::BLOB)")
     assert store.close(time.monotonic() + 5)
     store = RoomStore(name)
     assert store.load("r").snapshot == stored.snapshot
-    assert store._one("SELECT count(*) FROM parts WHERE generation = 99") == 0
+    assert store._writer._all("SELECT * FROM parts WHERE generation = 99") == []
     store.close(time.monotonic() + 5)
 
 
@@ -379,12 +379,12 @@ def test_what_fails_to_be_stored(launch: Callable[..., LocalServer]) -> None:
         one.join(), two.join()
         one.write("a", 1)
         two.await_value("a", 1)
-        store._writer.execute("ALTER TABLE log RENAME TO gone")
+        store._writer.native.execute("ALTER TABLE log RENAME TO gone")
         lost = one.change("b", 2)
         one.send(lost)
         error = one.ack()
         assert (error["type"], error["code"], error["roomId"]) == ("error", "internal", "r")
-        store._writer.execute("ALTER TABLE gone RENAME TO log")
+        store._writer.native.execute("ALTER TABLE gone RENAME TO log")
         one.send(lost)
         assert one.ack()["type"] == "crdt-update-ack"
         two.await_value("b", 2)
