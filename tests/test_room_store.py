@@ -418,6 +418,8 @@ def test_history_is_cut(
         def write(key: str, value: Any) -> None:
             one.send_framed(one.change(key, value))
             assert one.ack()["status"] == "applied"
+            # Behind the snapshot that this has led to.
+            one.join_with_version()
 
         write("a", 0)
         behind.doc.import_(updates_of(one.doc))
