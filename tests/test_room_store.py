@@ -265,6 +265,10 @@ def test_snapshots_of_the_published_server(run: Callable[..., ServerProcess], pa
             "INSERT INTO __sqlrooms.sync_rooms (room_id, snapshot) VALUES ('r', ?), ('e', ?)",
             [doc.export(ExportMode.Snapshot()), EMPTY],
         )
+    # A first start that ended before all were taken over.
+    store = RoomStore(str(path.with_name("my.rooms.duckdb")))
+    assert store.is_new
+    assert store.close(time.monotonic() + 5)
     server = run()
     assert values_of(server) == {"old": 1}
     with server.connect() as wire:

@@ -101,24 +101,36 @@ def _prepare(connection: duckdb.DuckDBPyConnection, path: str) -> bool:
         connection.execute("BEGIN")
         for table in _TABLES:
             connection.execute(f"CREATE TABLE {table}")
-        connection.execute("INSERT INTO about VALUES (?)", [_FORMAT])
         connection.execute("COMMIT")
         return True
     found = []
     if "about" in tables:
         found = connection.execute("SELECT * FROM about").fetchall()
+        if not found and tables == {table.split()[0] for table in _TABLES}:
+            # It ended before :func:`complete`.
+            _drop_unfinished(connection)
+            return True
     if not found or not str(found[0][0]).startswith("sqlrooms rooms"):
         raise StartupError(
             f"{path} is a DuckDB database, but none of rooms; choose another --rooms-db."
         )
     if found[0][0] != _FORMAT:
         raise StartupError(f"The rooms in {path} were written by a newer server; install that.")
-    # Parts of snapshots that were never ended.
+    _drop_unfinished(connection)
+    return False
+
+
+def _drop_unfinished(connection: duckdb.DuckDBPyConnection) -> None:
+    """Remove the parts of snapshots that were never ended, whose numbers will come again."""
     connection.execute(
         "DELETE FROM parts WHERE (room_id, generation) NOT IN "
         "(SELECT (room_id, generation) FROM rooms)"
     )
-    return False
+
+
+def complete(connection: duckdb.DuckDBPyConnection) -> None:
+    """What a new file begins with is in it."""
+    connection.execute("INSERT INTO about VALUES (?)", [_FORMAT])
 
 
 def published_rooms(engine: Engine, namespace: str) -> Iterator[tuple[str, bytes]]:

@@ -144,7 +144,7 @@ class RoomStore:
             ).fetchall()
 
     def take_over(self, rooms: Iterator[tuple[str, bytes]]) -> None:
-        """Store the snapshots of another server. For a store that is new."""
+        """Store the snapshots of another server. For a store that is new, also with none."""
         failures: list[BaseException] = []
 
         def done(error: BaseException | None) -> None:
@@ -158,6 +158,8 @@ class RoomStore:
         ended.wait()
         if failures:
             raise failures[0]
+        with self._connection.cursor() as cursor:
+            room_files.complete(cursor)
 
     def close(self, deadline: float) -> bool:
         """Commit what waits and close; False when that was not done by ``deadline``."""
