@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import binascii
+import functools
 from collections.abc import Callable
 
 from sqlrooms_server.db.room_store import Blob
@@ -44,6 +45,18 @@ class Large:
         pass
 
 
+class Change:
+    """An update that several members are sent, with its header or without."""
+
+    def __init__(self, room: str, update: Blob) -> None:
+        self._room = room
+        self.bare = bytes(update)
+
+    @functools.cached_property
+    def framed(self) -> bytes:
+        return binary_head(type="crdt-update", roomId=self._room) + self.bare
+
+
 class Member:
     """One client and one room, from its first ``crdt-join`` until it left.
 
@@ -74,14 +87,10 @@ class Member:
         head = encode({"type": "crdt-snapshot", "roomId": self.room})[:-1] + b',"data":"'
         self._send(head, data, b'"}', is_text=True)
 
-    def send_update(self, bare: Blob, framed: Blob | None = None) -> None:
-        """Send what others have changed; ``framed`` is ``bare`` with its header, if it is there."""
-        if not self.has_versions:
-            self._send(b"", bare, b"", is_text=False)
-        elif framed is not None:
-            self._send(b"", framed, b"", is_text=False)
-        else:
-            self.send_document("crdt-update", bare)
+    def send_update(self, change: Change) -> None:
+        """Send what others have changed."""
+        message = change.framed if self.has_versions else change.bare
+        self._send(b"", message, b"", is_text=False)
 
     def _send(self, head: bytes, body: Blob, tail: bytes, *, is_text: bool) -> None:
         if self._is_sending:

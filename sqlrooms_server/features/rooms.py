@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from sqlrooms_server.errors import BadRequest, Busy, ServerError, TooLarge
 from sqlrooms_server.features import Feature, MessageHandler
-from sqlrooms_server.features.membership import Member
+from sqlrooms_server.features.membership import Change, Member
 from sqlrooms_server.features.rates import Rates
 from sqlrooms_server.features.room_answers import (
     BARE,
@@ -29,7 +29,7 @@ from sqlrooms_server.messages import (
     RoomUpdate,
 )
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.protocol import binary_head, encode
+from sqlrooms_server.protocol import encode
 from sqlrooms_server.rooms.pool import Pool
 from sqlrooms_server.rooms.room import (
     Applied,
@@ -259,20 +259,18 @@ class Rooms(Feature):
         acknowledge(outcome.items, outcome.statuses)
         if not outcome.delta:
             return
-        senders = {item.client for item in outcome.items}
-        framed = None
-        bare = bytes(outcome.delta)
+        senders = {client for client, _ in outcome.parts}
+        whole = Change(outcome.room.name, outcome.delta)
+        parts = [(client, Change(outcome.room.name, part)) for client, part in outcome.parts]
         for member in entry.members.values():
             if not member.is_joined:
                 continue
-            if member in senders:
-                part = outcome.for_senders.get(member)
-                if part:
+            if member not in senders:
+                member.send_update(whole)
+                continue
+            for client, part in parts:
+                if client is not member:
                     member.send_update(part)
-            else:
-                if framed is None and member.has_versions:
-                    framed = binary_head(type="crdt-update", roomId=member.room) + bare
-                member.send_update(bare, framed)
 
     def _joined(self, outcome: Joined) -> None:
         (item,) = outcome.items
@@ -286,7 +284,7 @@ class Rooms(Feature):
             member.peer.send(encode(joined))
             member.send_snapshot(outcome.data)
             if outcome.since:
-                member.send_update(outcome.since)
+                member.send_update(Change(member.room, outcome.since))
             return
         joined["version"] = base64.b64encode(outcome.version).decode()
         if outcome.kind == "reset":

@@ -75,7 +75,7 @@ def _apply(room: Room, items: Sequence[Update], keeping: Keeping, tell: Tell) ->
     refused = _refused(room, items, keeping)
     fitting = [item for item, error in zip(items, refused, strict=True) if error is None]
     if not fitting:
-        outcome = Applied(room, list(items), [e for e in refused if e is not None], b"", {})
+        outcome = Applied(room, list(items), [e for e in refused if e is not None], b"", [])
         _tell_stored(room, (), outcome, keeping, tell)
         return
     # Numbers for the clients, which the process does not know.
@@ -85,7 +85,7 @@ def _apply(room: Room, items: Sequence[Update], keeping: Keeping, tell: Tell) ->
         if item.client not in numbers:
             numbers[item.client] = len(clients)
             clients.append(item.client)
-    (told, lacking, is_whole), (_, delta, *rest) = keeping.ask(
+    (told, senders, is_whole), (_, delta, *rest) = keeping.ask(
         "apply",
         room.name,
         [numbers[item.client] for item in fitting],
@@ -94,9 +94,13 @@ def _apply(room: Room, items: Sequence[Update], keeping: Keeping, tell: Tell) ->
     )
     answers = iter(told)
     statuses = [_status(next(answers)) if error is None else error for error in refused]
-    for_senders = {clients[n]: part for n, part in zip(lacking, rest, strict=False)}
-    pending = rest[len(lacking) :]
-    outcome = Applied(room, list(items), statuses, delta, for_senders)
+    # The number of nobody is -1.
+    parts = [
+        (clients[number] if number >= 0 else None, part)
+        for number, part in zip(senders, rest, strict=False)
+    ]
+    pending = rest[len(senders) :]
+    outcome = Applied(room, list(items), statuses, delta, parts)
     if is_whole or len(delta) > LARGE_BYTES:
         # Written once, as a snapshot in parts, and with other rooms in between.
         keeping.compact(room, wait=True)

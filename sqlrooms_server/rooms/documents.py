@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import json
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,6 +19,9 @@ from typing import Any, TypeVar
 from loro import EphemeralStore, ExportMode, Frontiers, LoroDoc, VersionVector
 
 T = TypeVar("T")
+
+# The number of no sender.
+NOBODY = -1
 
 EMPTY_SNAPSHOT = bytes(LoroDoc().export(ExportMode.Snapshot()))
 
@@ -58,14 +63,14 @@ class Applied:
     """What came of some updates.
 
     ``statuses`` are one for each: "applied", "pending", or an error with whether the history is
-    gone. ``delta`` is what is new in the document, empty for nothing, ``for_senders`` the part of
-    it that each sender does not know. ``pending`` are the updates that wait. ``is_whole``: the
-    delta is a snapshot, of a document whose history was cut.
+    gone. ``delta`` is what is new in the document, empty for nothing, and ``parts`` the same by the
+    sender it came from. ``pending`` are the updates that wait. ``is_whole``: the delta is a
+    snapshot, of a document whose history was cut.
     """
 
-    statuses: list[str | tuple[str, bool]]
+    statuses: list[str | tuple[str, bool]] = field(default_factory=list)
     delta: bytes = b""
-    for_senders: dict[int, bytes] = field(default_factory=dict)
+    parts: list[tuple[int, bytes]] = field(default_factory=list)
     pending: list[bytes] = field(default_factory=list)
     is_whole: bool = False
 
@@ -116,44 +121,54 @@ class Document:
     def apply(self, updates: Sequence[tuple[int, bytes]]) -> Applied:
         """Import updates and snapshots, each with the number of its sender."""
         before = self._doc.oplog_vv
-        applied = Applied([])
-        known: dict[int, VersionVector] = {}
-        is_done = self._import_together([update for _, update in updates])
-        for sender, update in updates:
-            vector = known.setdefault(sender, self._copy(before))
-            try:
-                if update[_MODE] == _UPDATES:
-                    status = None if is_done else self._import(update)
-                    vector.merge(LoroDoc.decode_import_blob_meta(update, True).partial_end_vv)
-                else:
-                    update, end, is_whole = self._rest_of_snapshot(update)
-                    applied.is_whole = applied.is_whole or is_whole
-                    status = self._import(update)
-                    vector.merge(end)
-            except Refused as error:
-                applied.statuses.append((str(error), error.is_outdated))
-                continue
-            if status is None or status.pending is None:
-                applied.statuses.append("applied")
-            else:
-                applied.statuses.append("pending")
-                applied.pending.append(update)
-        after = self._doc.oplog_vv
-        if after == before:
+        applied = Applied()
+        # Into the log one by one, and then into the state all at once: several times as fast.
+        self._doc.detach()
+        for sender, run in itertools.groupby(updates, key=operator.itemgetter(0)):
+            since = self._doc.oplog_vv
+            for _, update in run:
+                applied.statuses.append(self._take(update, applied))
+            if self._doc.oplog_vv != since and not applied.is_whole:
+                applied.parts.append((sender, self._since(since)))
+        self._follow_log()
+        if self._doc.oplog_vv == before:
             return applied
-        applied.delta = self.snapshot()[0] if applied.is_whole else self._since(before)
-        if not applied.is_whole and len(applied.delta) <= _CHECKED_BYTES:
+        if applied.is_whole:
+            applied.delta = self.snapshot()[0]
+            senders = {sender for sender, _ in updates}
+            applied.parts = [(senders.pop() if len(senders) == 1 else NOBODY, applied.delta)]
+            return applied
+        applied.delta = applied.parts[0][1] if len(applied.parts) == 1 else self._since(before)
+        if len(applied.delta) <= _CHECKED_BYTES:
             # What Loro cannot read again must not be stored.
             try:
                 _guarded(lambda: LoroDoc().import_(applied.delta))
             except Refused as error:
                 raise Broken(str(error)) from error
-        for sender, vector in known.items():
-            if not vector.includes_vv(after):
-                applied.for_senders[sender] = (
-                    applied.delta if applied.is_whole else self._since(vector)
-                )
         return applied
+
+    def _take(self, update: bytes, applied: Applied) -> str | tuple[str, bool]:
+        """Import into the log; the status."""
+        try:
+            if update[_MODE] != _UPDATES:
+                update, is_whole = self._rest_of_snapshot(update)
+                applied.is_whole = applied.is_whole or is_whole
+            status = self._import(update)
+        except Refused as error:
+            return str(error), error.is_outdated
+        if status.pending is None:
+            return "applied"
+        applied.pending.append(update)
+        return "pending"
+
+    def _follow_log(self) -> None:
+        """Bring the state to where the log is. What cannot be done breaks the document."""
+        try:
+            _guarded(self._doc.checkout_to_latest)
+        except Refused as error:
+            raise Broken(str(error)) from error
+        if self._doc.state_vv != self._doc.oplog_vv:
+            raise Broken("its changes cannot be followed")
 
     def missing(self, version: bytes) -> tuple[bytes, str]:
         """What a document at ``version`` lacks, and "update", "snapshot" or "reset".
@@ -223,34 +238,18 @@ class Document:
             return b""
         return bytes(_guarded(self._presence.encode_all))
 
-    def _import_together(self, updates: Sequence[bytes]) -> bool:
-        """Import all of ``updates`` if all can be applied, which is faster than one by one.
-
-        What is concurrent with much of the history takes Loro a walk through that, only once so.
-        """
-        if len(updates) < 2 or any(update[_MODE] != _UPDATES for update in updates):
-            return False
-        try:
-            status = _guarded(lambda: self._doc.import_batch(list(updates)))
-        except Refused as error:
-            if self._doc.oplog_vv != self._doc.state_vv:
-                raise Broken(str(error)) from error
-            return False
-        # Of those that wait, only importing them again tells which they are.
-        return status.pending is None
-
     def _import(self, update: bytes) -> Any:
         """Import; an update that is refused has changed nothing."""
         before = self._doc.oplog_vv
         try:
             return _guarded(lambda: self._doc.import_(update))
         except Refused as error:
-            if self._doc.oplog_vv != before or self._doc.state_vv != before:
+            if self._doc.oplog_vv != before:
                 raise Broken(str(error)) from error
             raise
 
-    def _rest_of_snapshot(self, snapshot: bytes) -> tuple[bytes, VersionVector, bool]:
-        """What is new in ``snapshot``, as an update; its version; and whether that is all of it.
+    def _rest_of_snapshot(self, snapshot: bytes) -> tuple[bytes, bool]:
+        """What is new in ``snapshot``, as an update, and whether that is all of it.
 
         By way of another document: Loro reads the parts of a snapshot when they are needed, and
         what cannot be read then would break the room.
@@ -265,19 +264,15 @@ class Document:
                     "The history of the snapshot begins after what the room has.", is_outdated=True
                 )
             whole = bytes(_guarded(lambda: other.export(ExportMode.Snapshot())))
-            return whole, other.oplog_vv, True
+            return whole, True
         update = bytes(_guarded(lambda: other.export(ExportMode.Updates(mine))))
-        return update, other.oplog_vv, False
+        return update, False
 
     def _since(self, vector: VersionVector) -> bytes:
         try:
             return bytes(_guarded(lambda: self._doc.export(ExportMode.Updates(vector))))
         except Refused as error:
             raise Broken(str(error)) from error
-
-    @staticmethod
-    def _copy(vector: VersionVector) -> VersionVector:
-        return VersionVector.decode(vector.encode())
 
 
 def decoded(text: bytes) -> bytes:

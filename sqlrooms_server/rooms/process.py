@@ -45,10 +45,9 @@ class Documents:
         applied = document.apply(updates)
         found = iter(applied.statuses)
         statuses = [refused.get(number) or next(found) for number in range(len(senders))]
-        others = list(applied.for_senders.items())
-        fields = statuses, [sender for sender, _ in others], applied.is_whole
+        fields = statuses, [sender for sender, _ in applied.parts], applied.is_whole
         parts: list[Blob] = [document.version, applied.delta]
-        return fields, [*parts, *(part for _, part in others), *applied.pending]
+        return fields, [*parts, *(part for _, part in applied.parts), *applied.pending]
 
     def missing(self, name: str, version: Blob) -> Reply:
         """A version -> what a document at it lacks."""

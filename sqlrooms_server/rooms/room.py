@@ -112,13 +112,12 @@ class Failed(Outcome):
 class Applied(Outcome):
     """Updates were taken. ``statuses``: "applied", "pending" or an error, one for each.
 
-    ``delta`` is what is new for all but the senders, ``for_senders`` for each of those who lack
-    some of it.
+    ``delta`` is what is new, and ``parts`` the same by the client it came from.
     """
 
     statuses: list[str | ServerError]
     delta: Blob
-    for_senders: dict[Hashable, Blob]
+    parts: list[tuple[Hashable, Blob]]
 
 
 @dataclass
