@@ -51,24 +51,23 @@ def _add_ack(acks: list[dict[str, Any]], item: Update, status: str | ServerError
     room = item.client.room
     if answer.kind:
         if isinstance(status, ServerError):
-            acks.append(
-                {"type": "error", "roomId": room, "error": str(status), "code": status.code}
-            )
+            acks.append({"type": "error", "roomId": room, **_told(status)})
         else:
             acks.append({"type": answer.kind, "roomId": room})
         return
-    ack: dict[str, Any] = {"type": "crdt-update-ack", "roomId": room}
-    if answer.id is not None:
-        ack["id"] = answer.id
-    if isinstance(status, ServerError):
-        acks.append({**ack, "status": "rejected", **_told(status)})
-        return
-    ack["status"] = status
     last = acks[-1] if acks else {}
     if last.get("status") == status:
-        acks[-1] = {**ack, "count": last.get("count", 1) + 1}
+        last["count"] = last.get("count", 1) + 1
+        last.pop("id", None)
     else:
-        acks.append(ack)
+        last = {"type": "crdt-update-ack", "roomId": room}
+        acks.append(last)
+        if isinstance(status, ServerError):
+            last.update(status="rejected", **_told(status))
+        else:
+            last["status"] = status
+    if answer.id is not None:
+        last["id"] = answer.id
 
 
 def _told(error: ServerError) -> dict[str, str]:

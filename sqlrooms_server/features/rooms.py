@@ -140,8 +140,10 @@ class Rooms(Feature):
         self._put(self._entries[message.room], Leave(member))
 
     def _update(self, peer: Peer, message: RoomUpdate) -> None:
-        member = self._member_of_update(peer, message.room)
-        answer = BARE if message.room is None else Answer("", message.id)
+        if message.room is None:
+            member, answer = self._only_room(peer), BARE
+        else:
+            member, answer = self._member(peer, message.room), Answer("", message.id)
         limit = self._settings.max_update_size
         if not self._rates.allows(peer):
             rate = self._settings.update_rate
@@ -159,18 +161,17 @@ class Rooms(Feature):
         # Behind the answers to those before.
         self._put(self._entries[member.room], Update(member, b"", answer, refused=error))
 
-    def _member_of_update(self, peer: Peer, name: str | None) -> Member:
+    def _only_room(self, peer: Peer) -> Member:
+        """Where a bare update belongs."""
         mine = [member for member in self._of_peer.get(peer, {}).values() if member.is_in]
-        if name is None:
-            if len(mine) == 1:
-                return mine[0]
-            if mine:
-                raise BadRequest(
-                    f"A bare update was sent, but this connection is in {len(mine)} rooms; say "
-                    'which with the header {"type": "crdt-update", "roomId"}.'
-                )
-            raise BadRequest("A Loro update was sent, but this connection joined no room.")
-        return self._member(peer, name)
+        if len(mine) == 1:
+            return mine[0]
+        if mine:
+            raise BadRequest(
+                f"A bare update was sent, but this connection is in {len(mine)} rooms; say "
+                'which with the header {"type": "crdt-update", "roomId"}.'
+            )
+        raise BadRequest("A Loro update was sent, but this connection joined no room.")
 
     def _member(self, peer: Peer, name: str) -> Member:
         member = self._of_peer.get(peer, {}).get(name)

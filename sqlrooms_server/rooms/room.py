@@ -23,15 +23,13 @@ _MAX_BATCH_BYTES = 1 << 20
 class Item:
     """Something to do, in the order in which it came.
 
-    ``attempts`` counts how often it was under way when a document or its process broke.
+    ``attempts`` counts how often it was under way when a document or its process broke; ``size`` is
+    what it holds, in bytes.
     """
 
     client: Any
     attempts: int = field(default=0, kw_only=True)
-
-    @property
-    def size(self) -> int:
-        return 0
+    size: int = field(default=0, init=False)
 
 
 @dataclass
@@ -46,9 +44,8 @@ class Update(Item):
     is_text: bool = False
     refused: ServerError | None = None
 
-    @property
-    def size(self) -> int:
-        return len(self.data) * 3 // 4 if self.is_text else len(self.data)
+    def __post_init__(self) -> None:
+        self.size = len(self.data) * 3 // 4 if self.is_text else len(self.data)
 
 
 @dataclass
@@ -69,9 +66,8 @@ class Presence(Item):
 
     data: bytes
 
-    @property
-    def size(self) -> int:
-        return len(self.data)
+    def __post_init__(self) -> None:
+        self.size = len(self.data)
 
 
 @dataclass
