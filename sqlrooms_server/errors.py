@@ -19,11 +19,12 @@ class ServerError(Exception):
     """Base of the errors a client is told about.
 
     ``query_id`` is the id of the request that failed, as far as the sender knows it, ``channel``
-    the channel that it is about.
+    the channel that it is about, ``room`` the room.
     """
 
     code: ClassVar[str] = "internal"
     channel: str | None = None
+    room: str | None = None
 
     def __init__(self, message: str, query_id: QueryId | None = None) -> None:
         super().__init__(message)

@@ -198,6 +198,49 @@ class UploadChunk:
     last: bool
 
 
+@dataclass(frozen=True, slots=True)
+class RoomJoin:
+    """``{type: "crdt-join", roomId, version?}``. ``version`` is decoded; empty for no document."""
+
+    room: str
+    version: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class RoomLeave:
+    """``{type: "crdt-leave", roomId}``."""
+
+    room: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoomSnapshot:
+    """``{type: "crdt-snapshot", roomId, data}``. ``data`` is the base64 text, unchecked."""
+
+    room: str
+    data: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class RoomUpdate:
+    """Binary: a bare Loro update, or one behind a header ``{type: "crdt-update", roomId, id?}``.
+
+    ``room`` is None for a bare one.
+    """
+
+    room: str | None
+    id: QueryId | None
+    data: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class RoomPresence:
+    """``{type: "crdt-presence", roomId, data}``. ``data`` is the base64 text, unchecked."""
+
+    room: str
+    data: str
+
+
 Message = (
     Auth
     | Hello
@@ -215,4 +258,9 @@ Message = (
     | Presence
     | Upload
     | UploadChunk
+    | RoomJoin
+    | RoomLeave
+    | RoomSnapshot
+    | RoomUpdate
+    | RoomPresence
 )

@@ -13,6 +13,8 @@ from sqlrooms_server.access import Access, is_loopback
 from sqlrooms_server.cache import ResultCache, fingerprint
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.engine import environment as engine_environment
+from sqlrooms_server.db.room_files import place, published_rooms
+from sqlrooms_server.db.room_store import RoomStore
 from sqlrooms_server.db.store import create_meta_tables
 from sqlrooms_server.errors import ServerError, ShuttingDown, StartupError, Unauthorized
 from sqlrooms_server.features import Feature, MessageHandler
@@ -24,6 +26,8 @@ from sqlrooms_server.features.health import Health
 from sqlrooms_server.features.live import LiveQueries
 from sqlrooms_server.features.queries import Queries
 from sqlrooms_server.features.requests import Requests, as_server_error
+from sqlrooms_server.features.room_queries import RoomReader
+from sqlrooms_server.features.rooms import NoRooms, Rooms
 from sqlrooms_server.features.sessions import Sessions
 from sqlrooms_server.features.uploads import Uploads
 from sqlrooms_server.features.watches import Watches
@@ -31,6 +35,10 @@ from sqlrooms_server.jobs import Scheduler
 from sqlrooms_server.messages import Auth, Message
 from sqlrooms_server.peer import Audience, Peer
 from sqlrooms_server.protocol import Limits, decode, encode
+from sqlrooms_server.rooms.child import is_available
+from sqlrooms_server.rooms.keeping import RoomLimits
+from sqlrooms_server.rooms.pool import Pool
+from sqlrooms_server.rooms.room import Outcome
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.timers import Timers
 from sqlrooms_server.transport import (
@@ -47,6 +55,7 @@ log = logging.getLogger(__name__)
 # Seconds after a stop began by which each of its steps ends, so that all take at most five.
 # Nothing is lost when one of them is cut short.
 _QUERIES_STOPPED_BY = 2.5
+_ROOMS_STOPPED_BY = 3.0
 _REPLIES_SENT_BY = 3.5
 _DATABASE_CLOSED_BY = 4.5
 _CACHE_CLOSED_BY = 4.8
@@ -113,6 +122,11 @@ class Server:
                 f"--host {settings.host} can be reached from other machines, so a token is needed: "
                 "set SQLROOMS_AUTH_TOKEN or --auth-token-file, or listen on 127.0.0.1."
             )
+        if settings.sync and not is_available():
+            raise StartupError(
+                "--sync needs the package loro, which is not installed: "
+                "pip install 'sqlrooms-server[sync]'."
+            )
         with contextlib.ExitStack() as undo:
             undo.callback(self.channels.stop)
             port = self._transport.start(settings.host, settings.port)
@@ -128,6 +142,8 @@ class Server:
             undo.callback(lambda: self._engine.close(time.monotonic() + _DATABASE_CLOSED_BY))
             restore_cache()
             create_meta_tables(self._engine, settings.meta_namespace, settings.meta_db)
+            self._open_rooms()
+            undo.callback(lambda: self._close_rooms(time.monotonic(), time.monotonic() + 1.0))
             undo.callback(self._timers.close)
             self._scheduler = Scheduler(settings.worker_count, settings.max_queue, self._timers)
             undo.callback(lambda: self._scheduler.close(time.monotonic() + _QUERIES_STOPPED_BY))
@@ -152,6 +168,8 @@ class Server:
         self._transport.stop_listening()
         ended = self._scheduler.close(began + _QUERIES_STOPPED_BY)
         self._timers.close()
+        # Before the transport, so that acks of what is stored now are still sent.
+        self._close_rooms(began + _ROOMS_STOPPED_BY, began + _DATABASE_CLOSED_BY)
         reason = ShuttingDown("The server is shutting down.")
         self._transport.post(self._requests.abandon, reason)
         self._transport.stop(began + _REPLIES_SENT_BY)
@@ -201,6 +219,38 @@ class Server:
             deadline=max(0.0, deadline - time.monotonic()),
         )
 
+    def _open_rooms(self) -> None:
+        settings = self.settings
+        self._room_store: RoomStore | None = None
+        self.rooms: Rooms | None = None
+        if not settings.sync:
+            return
+        store = RoomStore(place(settings.db_path, settings.meta_db, settings.rooms_db))
+        self._room_store = store
+        try:
+            if store.is_new:
+                store.take_over(published_rooms(self._engine, settings.meta_namespace))
+            limits = RoomLimits(
+                max_size=settings.max_room_size,
+                memory=settings.room_memory,
+                history=settings.room_history,
+                idle_seconds=settings.room_idle_timeout,
+            )
+
+            def open_pool(tell: Callable[[Outcome], None]) -> Pool:
+                return Pool(store, limits, tell)
+
+            self.rooms = Rooms(settings, self._transport.post, open_pool)
+        except BaseException:
+            store.close(time.monotonic() + 1.0)
+            raise
+
+    def _close_rooms(self, stopped_by: float, closed_by: float) -> None:
+        if self.rooms is not None:
+            self.rooms.pool.close(stopped_by)
+        if self._room_store is not None and not self._room_store.close(closed_by):
+            log.warning("The file of the rooms was not closed in time; nothing acked is lost.")
+
     def _join_features(self) -> None:
         settings, post = self.settings, self._transport.post
         self._requests = Requests(
@@ -219,6 +269,9 @@ class Server:
             max_per_connection=settings.max_sessions_per_connection,
             max_sessions=settings.max_sessions,
         )
+        reader = None
+        if self.rooms is not None and self._room_store is not None:
+            reader = RoomReader(self.rooms, self._room_store, self._requests)
         cached = CachedQueries(self._engine, self._scheduler, self._requests, settings, self._cache)
         self._health.start(self._engine)
         # When a client leaves, its requests end before its sessions do.
@@ -229,8 +282,9 @@ class Server:
             self._sessions,
             Acks(self._requests),
             self.channels,
+            self.rooms or NoRooms(),
             cached,
-            Queries(self._engine, self._requests, self._sessions, cached, settings),
+            Queries(self._engine, self._requests, self._sessions, cached, settings, reader),
             Uploads(self._engine, self._requests, settings),
             Watches(self._engine, self._timers, post, meta_namespace=settings.meta_namespace),
             LiveQueries(self._engine, self._scheduler, self._timers, self._requests, settings),

@@ -119,6 +119,32 @@ class Settings:
     channel_history_ttl: int = _setting(300, "Seconds for which it remembers them.")
     max_live_per_connection: int = _setting(64, "Live queries of one connection.")
     max_live: int = _setting(4096, "Live queries of all connections.")
+    sync: bool = _setting(False, "Share documents: rooms that clients join and change together.")
+    rooms_db: str = _setting(
+        "",
+        "DuckDB file of the rooms; without it, one beside the database: my.rooms.duckdb beside "
+        "my.duckdb.",
+    )
+    max_rooms: int = _setting(1000, "Rooms in memory at one time.")
+    max_rooms_per_connection: int = _setting(100, "Rooms that one connection may be in.")
+    max_room_size: int = _setting(
+        64 << 20, "Largest document of a room, with its history.", unit="size"
+    )
+    max_update_size: int = _setting(16 << 20, "Largest update of a room.", unit="size")
+    update_rate: int = _setting(
+        20_000, "Updates of rooms that a connection may send in a second; 0 means any number."
+    )
+    room_history: int = _setting(
+        0, "Seconds for which rooms keep the history of their documents; 0 keeps all of it."
+    )
+    room_idle_timeout: int = _setting(
+        60, "Seconds after which a room without members leaves the memory."
+    )
+    room_memory: int = _setting(
+        4 << 30,
+        "Memory that a process of documents may use; 0 means any.",
+        unit="size",
+    )
     cache_dir: str = _setting(
         "",
         "Directory for results that clients ask to keep (persist); without it, one of the user's "
@@ -173,6 +199,14 @@ class Settings:
             ("channel_history_ttl", 1, 7 * 24 * 3600),
             ("max_live_per_connection", 1, 1_000_000),
             ("max_live", 1, 1_000_000),
+            ("max_rooms", 1, 1_000_000),
+            ("max_rooms_per_connection", 1, 1_000_000),
+            ("max_room_size", 1 << 10, 1 << 30),
+            ("max_update_size", 1 << 10, 1 << 30),
+            ("update_rate", 0, 1_000_000_000),
+            ("room_history", 0, 100 * 365 * 24 * 3600),
+            ("room_idle_timeout", 0, 7 * 24 * 3600),
+            ("room_memory", 0, 1 << 50),
             ("cache_size", 0, 1 << 50),
             ("threads", 0, 1024),
             ("workers", 0, 1024),
@@ -198,6 +232,8 @@ class Settings:
             raise StartupError("The token must consist of ASCII characters.")
         if not self.meta_namespace.strip():
             raise StartupError("--meta-namespace must not be empty.")
+        if self.sync and self.read_only:
+            raise StartupError("--sync stores rooms, which --read-only forbids; drop one of them.")
 
     @property
     def worker_count(self) -> int:

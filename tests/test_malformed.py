@@ -140,7 +140,7 @@ BINARIES = [
     (framed({"type": "uploadArrow", "tableName": 5}, b""), "tableName must be"),
     (framed({"type": "uploadArrow", "tableName": "t"}, b""), "not a valid Arrow IPC stream"),
     (framed({"type": "uploadArrow", "tableName": "t"}, b"garbage"), "not a valid Arrow IPC stream"),
-    (b"loro\x00\x00\x00\x00", "joined no room"),
+    (b"loro\x00\x00\x00\x00", "start it with --sync"),
 ]
 
 

@@ -81,7 +81,7 @@ def _explanation(path: str, text: str) -> str:
             f"The database {path} is in use by another process, {holder[1]}; "
             "stop that process or choose another file."
         )
-    if "already attached" in text or "Unique file handle conflict" in text:
+    if "already attached" in text or "Unique file handle" in text or "different config" in text:
         return f"The database {path} is open in this server already; choose another file."
     if "version number" in text:
         return (

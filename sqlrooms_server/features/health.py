@@ -94,7 +94,7 @@ class Health(Feature):
                     "type": "welcome",
                     "protocol": PROTOCOL_VERSION,
                     "server": f"sqlrooms-server {__version__}",
-                    "features": FEATURES,
+                    "features": [*FEATURES, "rooms"] if self._settings.sync else FEATURES,
                     "limits": limits,
                     "connectionId": peer.id,
                 }

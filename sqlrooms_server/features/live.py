@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.results import arrow_chunks
+from sqlrooms_server.db.room_macros import wanted_rooms
 from sqlrooms_server.db.versions import Recorded, Token
 from sqlrooms_server.errors import (
     BadRequest,
@@ -228,6 +229,8 @@ class LiveQueries(Feature):
             if not statements.is_one_select:
                 raise BadRequest("A live query must be one SELECT.")
             reading = engine.readings.of(cursor.native, query.sql)
+            if reading.unwatchable and self._settings.sync and wanted_rooms(query.sql, None):
+                raise BadRequest("A query of rooms cannot be live; join the room instead.")
             if reading.unwatchable:
                 if not statements.effects and not statements.parameters:
                     cursor.bind(query.sql)

@@ -10,12 +10,14 @@ from typing import IO, Any
 from sqlrooms_server.db.cursor import Cursor, Result
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.results import BROKEN_ARROW, Chunk, arrow_chunks, json_chunks
+from sqlrooms_server.db.room_macros import provide, wanted_rooms
 from sqlrooms_server.errors import ServerError, TooLarge
 from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.cached import CachedQueries
 from sqlrooms_server.features.chunked import ChunkedRequest
 from sqlrooms_server.features.limits import bound_rows, deadline, truncation
 from sqlrooms_server.features.requests import Request, Requests
+from sqlrooms_server.features.room_queries import RoomReader
 from sqlrooms_server.features.sessions import Sessions
 from sqlrooms_server.jobs import Pause, Work
 from sqlrooms_server.messages import Query
@@ -40,8 +42,10 @@ class Queries(Feature):
         sessions: Sessions,
         cached: CachedQueries,
         settings: Settings,
+        rooms: RoomReader | None = None,
     ) -> None:
         self._engine = engine
+        self._rooms = rooms
         self._cached = cached
         self._requests = requests
         self._sessions = sessions
@@ -97,8 +101,17 @@ class Queries(Feature):
         return self._requests.submit(request, work, session.lane)
 
     def _work(self, request: Request, query: Query, open_cursor: Callable[[], Cursor]) -> Work:
+        wanted = None
+        if self._rooms is not None:
+            wanted = wanted_rooms(query.sql, query.options.params)
+            if wanted is not None:
+                # Before the cursor: while the job waits it holds nothing.
+                tables = yield from self._rooms.read(request, wanted)
         with open_cursor() as cursor:
             request.cursor = cursor
+            if wanted is not None:
+                is_fresh = query.options.session is None
+                provide(cursor.native, wanted.functions, tables, is_fresh=is_fresh)
             if query.options.progress:
                 cursor.show_progress()
             result = cursor.run(query.sql, query.options.params, query.formats)

@@ -10,6 +10,7 @@ from sqlrooms_server.protocol.decode import Limits, decode
 from sqlrooms_server.protocol.fields import decode_json
 from sqlrooms_server.protocol.frames import (
     arrow_prefix,
+    binary_head,
     encode,
     encode_error,
     encode_ok,
@@ -27,6 +28,7 @@ __all__ = [
     "Limits",
     "arrow_prefix",
     "as_target",
+    "binary_head",
     "channel_name",
     "decode",
     "decode_json",

@@ -26,6 +26,7 @@ from sqlrooms_server.messages import (
     Message,
     Notify,
     Query,
+    RoomUpdate,
     Unwatch,
     Upload,
     UploadChunk,
@@ -52,14 +53,23 @@ from sqlrooms_server.protocol.fields import (
 )
 from sqlrooms_server.protocol.names import parse_table_name
 from sqlrooms_server.protocol.queries import decode_live, decode_query
+from sqlrooms_server.protocol.rooms import (
+    LORO_MAGIC,
+    decode_join,
+    decode_leave,
+    decode_room_presence,
+    decode_room_update,
+    decode_snapshot,
+    large_snapshot,
+)
 
 # A framed header holds a type, an id and a table name.
 MAX_HEADER_LENGTH = 64 << 10
 
 MAX_WATCHED_TABLES = 1000
 
-# A bare Loro update begins with this, which no framed header length can equal.
-_LORO_MAGIC = b"loro"
+# A text message of more may be a snapshot that is passed on as it is.
+_LARGE_TEXT_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +90,10 @@ def decode(data: bytes, *, is_text: bool, limits: Limits) -> Message:
         )
     if not is_text:
         return _decode_binary(data)
+    if len(data) > _LARGE_TEXT_BYTES:
+        snapshot = large_snapshot(data)
+        if snapshot is not None:
+            return snapshot
     # A byte of SQL takes at most six of JSON (\u0000). Decoding more would only delay everybody.
     if len(data) > 6 * limits.max_sql_length + MAX_HEADER_LENGTH:
         raise TooLarge(
@@ -109,8 +123,8 @@ def _decode_text(data: bytes, limits: Limits) -> Message:
 
 
 def _decode_binary(data: bytes) -> Message:
-    if data[:4] == _LORO_MAGIC:
-        raise BadRequest("A Loro update was sent, but this connection joined no room.")
+    if data[:4] == LORO_MAGIC:
+        return RoomUpdate(None, None, data)
     if len(data) < 4:
         raise BadRequest(
             "A binary message begins with a 4-byte header length; this one is shorter."
@@ -122,8 +136,12 @@ def _decode_binary(data: bytes) -> Message:
             f"{min(MAX_HEADER_LENGTH, len(data) - 4)} bytes can follow."
         )
     fields = json_object(data[4 : 4 + length], "The header of the binary message")
+    if fields.get("type") == "crdt-update":
+        return decode_room_update(fields, memoryview(data)[4 + length :])
     if fields.get("type") != "uploadArrow":
-        raise bad_request(fields, 'The header of a binary message needs type "uploadArrow".')
+        raise bad_request(
+            fields, 'The header of a binary message needs type "uploadArrow" or "crdt-update".'
+        )
     query_id = query_id_in(fields)
     try:
         body = memoryview(data)[4 + length :]
@@ -231,6 +249,10 @@ TEXT_DECODERS: dict[str, Callable[[dict[str, Any], Limits], Message]] = {
     "unsubscribe": lambda fields, _: decode_unsubscribe(fields),
     "notify": lambda fields, _: decode_notify(fields),
     "presence": lambda fields, _: decode_presence(fields),
+    "crdt-join": lambda fields, _: decode_join(fields),
+    "crdt-leave": lambda fields, _: decode_leave(fields),
+    "crdt-snapshot": lambda fields, _: decode_snapshot(fields),
+    "crdt-presence": lambda fields, _: decode_room_presence(fields),
 }
 
 

@@ -38,9 +38,17 @@ def encode_error(error: ServerError) -> bytes:
         fields["queryId"] = error.query_id
     if error.channel is not None:
         fields["channel"] = error.channel
+    if error.room is not None:
+        fields["roomId"] = error.room
     fields["error"] = str(error)
     fields["code"] = error.code
     return encode(fields)
+
+
+def binary_head(**fields: Any) -> bytes:
+    """What stands before the body of a binary message."""
+    header = encode(fields)
+    return len(header).to_bytes(4, "big") + header
 
 
 def encode_ok(query_id: QueryId) -> bytes:

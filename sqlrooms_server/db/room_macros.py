@@ -1,0 +1,144 @@
+"""``room(name)`` and ``rooms()`` in SQL: what rooms hold, as tables of one cursor.
+
+They are macros over Arrow tables that belong to the cursor and that nobody can write. Only a text
+that seems to call them gets them, just before it runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from sqlrooms_server.db.lexical import LITERAL_OR_COMMENT
+from sqlrooms_server.messages import Params
+
+_CALL = re.compile(r"\brooms?\s*\(", re.IGNORECASE)
+
+_CALL_OR_LITERAL = re.compile(
+    rf"""
+    (?<![\w.])(?P<function>rooms?)\s*\(\s*
+        (?: (?P<name>'(?:[^']|'')*')\s*\) | (?P<parameter>[?$]\w*)\s*\) | )
+    | {LITERAL_OR_COMMENT.replace(chr(92) + "1", chr(92) + "4")}
+    """,
+    re.VERBOSE | re.DOTALL | re.IGNORECASE,
+)
+
+_TIME = pa.timestamp("ms", tz="UTC")
+
+# What the macros are over; part of the text by which ours are told from others.
+_ONE, _ALL = "__sqlrooms_room", "__sqlrooms_rooms"
+
+_MACROS = {
+    "room": (
+        "CREATE OR REPLACE TEMP MACRO room(name) AS TABLE SELECT room_id, document::JSON AS "
+        f"document, updated_at FROM temp.{_ONE} WHERE room_id = name"
+    ),
+    "rooms": (f"CREATE OR REPLACE TEMP MACRO rooms() AS TABLE SELECT * FROM temp.{_ALL}"),
+}
+
+_THEIRS = (
+    "SELECT count(*) FROM duckdb_functions() WHERE lower(function_name) = ? "
+    f"AND NOT (database_name = 'temp' AND contains(macro_definition, '{_ONE}'))"
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a text asks about rooms: those of ``names``, or ``all`` when the names are not told."""
+
+    functions: frozenset[str]
+    names: frozenset[str] = frozenset()
+    all: bool = False
+
+
+@dataclass
+class RoomTables:
+    """What is known of rooms: ``documents`` (name, JSON, milliseconds since 1970), and ``listed``
+    (name, bytes, milliseconds)."""
+
+    documents: list[tuple[str, bytes, int]] = field(default_factory=list)
+    listed: list[tuple[str, int, int]] = field(default_factory=list)
+
+
+def wanted_rooms(sql: str, params: Params | None) -> Wanted | None:
+    """What ``sql`` asks about rooms; None for nothing."""
+    if _CALL.search(sql) is None:
+        return None
+    functions, names = set(), set()
+    is_all = False
+    for match in _CALL_OR_LITERAL.finditer(sql):
+        function = match["function"]
+        if function is None:
+            continue
+        functions.add(function.lower())
+        if function.lower() != "room":
+            continue
+        if match["name"] is not None:
+            names.add(match["name"][1:-1].replace("''", "'"))
+        elif match["parameter"] is not None:
+            # Which of them it is matters little.
+            names.update(_texts(params))
+        else:
+            is_all = True
+    return Wanted(frozenset(functions), frozenset(names), is_all) if functions else None
+
+
+def _texts(params: Params | None) -> Iterable[str]:
+    values: Sequence[Any] = list(params.values()) if isinstance(params, dict) else params or ()
+    return [value for value in values if isinstance(value, str)]
+
+
+def provide(
+    native: duckdb.DuckDBPyConnection,
+    functions: Iterable[str],
+    tables: RoomTables,
+    *,
+    is_fresh: bool,
+) -> None:
+    """Let ``native`` know the ``functions``. One that somebody has defined stays as it is.
+
+    ``is_fresh``: nothing is left in it by an earlier call.
+    """
+    for function in functions:
+        try:
+            if is_fresh:
+                is_theirs = _is_known(native, function)
+            else:
+                is_theirs = native.execute(_THEIRS, [function]).fetchall()[0][0] > 0
+                if is_theirs:
+                    native.execute(f"DROP MACRO TABLE IF EXISTS temp.{function}")
+            if not is_theirs:
+                native.register(*_table(function, tables))
+                native.execute(_MACROS[function])
+        except duckdb.TransactionException:
+            # A transaction that failed takes nothing but its end; the text will hear of it.
+            return
+
+
+def _is_known(native: duckdb.DuckDBPyConnection, function: str) -> bool:
+    """Whether there is a table function or macro of this name. To list them all takes 25 ms."""
+    try:
+        native.sql(f"SELECT * FROM {function}({'NULL' if function == 'room' else ''})")
+    except duckdb.CatalogException as error:
+        return f"name {function} does not exist" not in str(error)
+    except duckdb.Error:
+        return True
+    return True
+
+
+def _table(function: str, tables: RoomTables) -> tuple[str, pa.Table]:
+    if function == "room":
+        columns = list(zip(*tables.documents, strict=True)) or [(), (), ()]
+        types = {"room_id": pa.string(), "document": pa.binary(), "updated_at": _TIME}
+        arrays = [pa.array(c, t) for c, t in zip(columns, types.values(), strict=True)]
+        arrays[1] = arrays[1].cast(pa.string())
+        return _ONE, pa.table(arrays, names=list(types))
+    columns = list(zip(*tables.listed, strict=True)) or [(), (), ()]
+    types = {"room_id": pa.string(), "bytes": pa.int64(), "updated_at": _TIME}
+    arrays = [pa.array(c, t) for c, t in zip(columns, types.values(), strict=True)]
+    return _ALL, pa.table(arrays, names=list(types))

@@ -1,0 +1,85 @@
+"""Documents of rooms for queries that ask for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterable
+
+from sqlrooms_server.db.room_macros import RoomTables, Wanted
+from sqlrooms_server.db.room_store import RoomStore
+from sqlrooms_server.errors import BadRequest, ServerError, TooLarge
+from sqlrooms_server.features.requests import Request, Requests
+from sqlrooms_server.features.rooms import Rooms
+from sqlrooms_server.jobs import Pause
+from sqlrooms_server.rooms.room import Document, Read
+
+# Rooms that one query may read when its text does not name them, and their bytes as JSON.
+_MAX_ROOMS = 100
+_MAX_BYTES = 64 << 20
+
+
+class RoomReader:
+    """Reads rooms for a job, which is parked meanwhile."""
+
+    def __init__(self, rooms: Rooms, store: RoomStore, requests: Requests) -> None:
+        self._rooms = rooms
+        self._store = store
+        self._requests = requests
+
+    def read(self, request: Request, wanted: Wanted) -> Generator[Pause, None, RoomTables]:
+        """What ``wanted`` asks for, with everything that was acked by now."""
+        tables = RoomTables()
+        listed = self._store.rooms()
+        if "rooms" in wanted.functions:
+            tables.listed = [(name, size, updated) for name, updated, size in listed]
+        names = [name for name, _, _ in listed if wanted.all or name in wanted.names]
+        if wanted.all and len(names) > _MAX_ROOMS:
+            raise BadRequest(
+                f"room() with a name that is neither a text nor a parameter would read all "
+                f"{len(names)} rooms; at most {_MAX_ROOMS} are read."
+            )
+        if not names:
+            return tables
+        reading = _Reading(request, self._requests, len(names))
+        self._requests.post(self._ask, names, reading)
+        while not reading.is_over:
+            yield Pause.WAIT
+        for answer in reading.answers:
+            if isinstance(answer, ServerError):
+                raise type(answer)(str(answer))
+        documents = [answer for answer in reading.answers if isinstance(answer, Document)]
+        size = sum(len(document.json) for document in documents)
+        if size > _MAX_BYTES:
+            raise TooLarge(
+                f"The documents of these rooms have {size} bytes as JSON; a query may read "
+                f"{_MAX_BYTES}."
+            )
+        tables.documents = [(one.name, one.json, one.updated_ms) for one in documents]
+        return tables
+
+    def _ask(self, names: Iterable[str], reading: _Reading) -> None:
+        """On the loop."""
+        for name in names:
+            try:
+                self._rooms.read(name, Read(None, reading.add))
+            except ServerError as error:
+                reading.add(error)
+
+
+class _Reading:
+    """The answers to one query. They come on other threads."""
+
+    def __init__(self, request: Request, requests: Requests, count: int) -> None:
+        self.answers: list[Document | ServerError] = []
+        self.is_over = False
+        self._request = request
+        self._requests = requests
+        self._count = count
+        self._lock = threading.Lock()
+
+    def add(self, answer: Document | ServerError) -> None:
+        with self._lock:
+            self.answers.append(answer)
+            self.is_over = len(self.answers) == self._count
+        if self.is_over:
+            self._requests.post(self._request.resume)

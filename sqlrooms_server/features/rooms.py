@@ -1,0 +1,356 @@
+"""``crdt-join`` and the other messages of rooms: documents that clients change together."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from sqlrooms_server.errors import BadRequest, Busy, ServerError, TooLarge
+from sqlrooms_server.features import Feature, MessageHandler
+from sqlrooms_server.features.membership import Change, Member
+from sqlrooms_server.features.rates import Rates
+from sqlrooms_server.features.room_answers import (
+    BARE,
+    SNAPSHOT,
+    Answer,
+    about,
+    acknowledge,
+    presence_message,
+)
+from sqlrooms_server.messages import (
+    RoomJoin,
+    RoomLeave,
+    RoomPresence,
+    RoomSnapshot,
+    RoomUpdate,
+)
+from sqlrooms_server.peer import Peer
+from sqlrooms_server.protocol import encode
+from sqlrooms_server.rooms.pool import Pool
+from sqlrooms_server.rooms.room import (
+    Applied,
+    Failed,
+    Item,
+    Join,
+    Joined,
+    Leave,
+    Left,
+    Outcome,
+    Presence,
+    Read,
+    Room,
+    Told,
+    Unload,
+    Unloaded,
+    Update,
+)
+from sqlrooms_server.settings import Settings
+
+# What may wait for one room, and from one connection. A message of its own may be larger.
+MAX_WAITING_BYTES = 64 << 20
+
+# What an item costs besides its bytes.
+_ITEM_BYTES = 300
+
+MAX_PRESENCE_BYTES = 64 << 10
+
+
+@dataclass(eq=False)
+class _Entry:
+    room: Room
+    members: dict[Peer, Member] = field(default_factory=dict)
+
+
+class Rooms(Feature):
+    """A feature. ``open_pool`` makes the pool; it gets what is to be told of outcomes."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        post: Callable[..., None],
+        open_pool: Callable[[Callable[[Outcome], None]], Pool],
+    ) -> None:
+        self._settings = settings
+        self._entries: dict[str, _Entry] = {}
+        self._of_peer: dict[Peer, dict[str, Member]] = {}
+        self._waiting: Counter[Peer] = Counter()
+        self._rates: Rates[Peer] = Rates(settings.update_rate)
+        self._tellers: dict[type, Callable[[Any], None]] = {
+            Applied: self._applied,
+            Joined: self._joined,
+            Left: self._left,
+            Told: self._told,
+            Failed: self._failed,
+            Unloaded: self._unloaded,
+        }
+        self.pool = open_pool(lambda outcome: post(self._tell, outcome))
+
+    @property
+    def handlers(self) -> Mapping[type, MessageHandler]:
+        return {
+            RoomJoin: self._join,
+            RoomLeave: self._leave,
+            RoomUpdate: self._update,
+            RoomSnapshot: self._snapshot,
+            RoomPresence: self._presence,
+        }
+
+    def closed(self, peer: Peer) -> None:
+        self._rates.forget(peer)
+        self._waiting.pop(peer, None)
+        for name, member in self._of_peer.pop(peer, {}).items():
+            member.is_in = member.is_joined = False
+            self._drop(name, member)
+
+    def read(self, name: str, item: Read) -> None:
+        """Ask for the document of a room. Raises ``Busy``."""
+        self._put(self._entry(name), item)
+
+    def _join(self, peer: Peer, message: RoomJoin) -> None:
+        name = message.room
+        mine = self._of_peer.setdefault(peer, {})
+        member = mine.get(name)
+        if member is None:
+            limit = self._settings.max_rooms_per_connection
+            if len(mine) >= limit:
+                self._refuse(
+                    name,
+                    Busy(
+                        f"This connection is in {limit} rooms, which is the limit "
+                        "(--max-rooms-per-connection)."
+                    ),
+                )
+            entry = self._entry(name)
+            member = mine[name] = Member(peer, name, self._settings.max_queued_bytes)
+            entry.members[peer] = member
+            entry.room.members = len(entry.members)
+        member.is_in = True
+        self._put(self._entries[name], Join(member, message.version))
+
+    def _leave(self, peer: Peer, message: RoomLeave) -> None:
+        member = self._of_peer.get(peer, {}).get(message.room)
+        if member is None:
+            peer.send(encode({"type": "crdt-left", "roomId": message.room}))
+            return
+        member.is_in = False
+        self._put(self._entries[message.room], Leave(member))
+
+    def _update(self, peer: Peer, message: RoomUpdate) -> None:
+        if message.room is None:
+            member, answer = self._only_room(peer), BARE
+        else:
+            member, answer = self._member(peer, message.room), Answer("", message.id)
+        limit = self._settings.max_update_size
+        if not self._rates.allows(peer):
+            rate = self._settings.update_rate
+            error: ServerError = Busy(
+                f"This connection sends more than {rate} updates a second (--update-rate)."
+            )
+        elif len(message.data) > limit:
+            error = TooLarge(
+                f"The update has {len(message.data)} bytes; at most {limit} are allowed "
+                "(--max-update-size)."
+            )
+        else:
+            self._put(self._entries[member.room], Update(member, message.data, answer))
+            return
+        # Behind the answers to those before.
+        self._put(self._entries[member.room], Update(member, b"", answer, refused=error))
+
+    def _only_room(self, peer: Peer) -> Member:
+        """Where a bare update belongs."""
+        mine = [member for member in self._of_peer.get(peer, {}).values() if member.is_in]
+        if len(mine) == 1:
+            return mine[0]
+        if mine:
+            raise BadRequest(
+                f"A bare update was sent, but this connection is in {len(mine)} rooms; say "
+                'which with the header {"type": "crdt-update", "roomId"}.'
+            )
+        raise BadRequest("A Loro update was sent, but this connection joined no room.")
+
+    def _member(self, peer: Peer, name: str) -> Member:
+        member = self._of_peer.get(peer, {}).get(name)
+        if member is None or not member.is_in:
+            self._refuse(name, BadRequest(f"This connection is not in room {name!r}; join first."))
+        return member
+
+    def _snapshot(self, peer: Peer, message: RoomSnapshot) -> None:
+        member = self._member(peer, message.room)
+        size = len(message.data) * 3 // 4
+        if size > self._settings.max_room_size:
+            self._refuse(
+                message.room,
+                TooLarge(
+                    f"The snapshot has {size} bytes; at most {self._settings.max_room_size} are "
+                    "allowed (--max-room-size)."
+                ),
+            )
+        update = Update(member, message.data, SNAPSHOT, is_text=True)
+        self._put(self._entries[message.room], update)
+
+    def _presence(self, peer: Peer, message: RoomPresence) -> None:
+        member = self._member(peer, message.room)
+        if len(message.data) > MAX_PRESENCE_BYTES:
+            text = f"Presence has at most {MAX_PRESENCE_BYTES} bytes."
+            self._refuse(message.room, TooLarge(text))
+        if not self._rates.allows(peer):
+            rate = self._settings.update_rate
+            text = f"This connection sends more than {rate} updates a second (--update-rate)."
+            self._refuse(message.room, Busy(text))
+        self._put(self._entries[message.room], Presence(member, message.data.encode()))
+
+    def _entry(self, name: str) -> _Entry:
+        """The room, taken up if need be. Raises ``Busy``."""
+        entry = self._entries.get(name)
+        if entry is None:
+            limit = self._settings.max_rooms
+            if len(self._entries) >= limit and not self._unload_idle():
+                self._refuse(
+                    name, Busy(f"There are {limit} rooms in use, which is the limit (--max-rooms).")
+                )
+            entry = self._entries[name] = _Entry(self.pool.room(name))
+        return entry
+
+    def _unload_idle(self) -> bool:
+        """Begin to free the memory of rooms that nobody is in; whether there are any."""
+        idle = (entry for entry in self._entries.values() if not entry.members)
+        found = list(itertools.islice(idle, 10))
+        for entry in found:
+            self.pool.put(entry.room, Unload(None))
+        return bool(found) and len(self._entries) < self._settings.max_rooms + 10
+
+    def _put(self, entry: _Entry, item: Item) -> None:
+        room = entry.room
+        size = item.size + _ITEM_BYTES
+        peer = item.client.peer if isinstance(item.client, Member) else None
+        waits = max(room.waiting_bytes, 0 if peer is None else self._waiting[peer])
+        if item.size and waits and waits + size > MAX_WAITING_BYTES:
+            error = Busy(
+                f"{waits} bytes wait to be handled in room {room.name!r}, or from this connection; "
+                "send more when they are answered."
+            )
+            if not isinstance(item, Update):
+                self._refuse(room.name, error)
+            item = Update(item.client, b"", item.answer, refused=error)
+            size = _ITEM_BYTES
+        room.waiting_bytes += size
+        if peer is not None:
+            self._waiting[peer] += size
+        self.pool.put(room, item)
+
+    def _tell(self, outcome: Outcome) -> None:
+        """Something came of items, and is stored."""
+        room = outcome.room
+        room.touch()
+        for item in outcome.items:
+            size = item.size + _ITEM_BYTES
+            room.waiting_bytes -= size
+            if isinstance(item.client, Member) and item.client.peer in self._waiting:
+                self._waiting[item.client.peer] -= size
+        self._tellers[type(outcome)](outcome)
+
+    def _applied(self, outcome: Applied) -> None:
+        entry = self._entries[outcome.room.name]
+        # The acks first: who sent something hears of it before it hears of more.
+        acknowledge(outcome.items, outcome.statuses)
+        if not outcome.delta:
+            return
+        senders = {client for client, _ in outcome.parts}
+        whole = Change(outcome.room.name, outcome.delta)
+        parts = [(client, Change(outcome.room.name, part)) for client, part in outcome.parts]
+        for member in entry.members.values():
+            if not member.is_joined:
+                continue
+            if member not in senders:
+                member.send_update(whole)
+                continue
+            for client, part in parts:
+                if client is not member:
+                    member.send_update(part)
+
+    def _joined(self, outcome: Joined) -> None:
+        (item,) = outcome.items
+        member: Member = item.client
+        if outcome.room.name not in self._of_peer.get(member.peer, {}):
+            return
+        member.is_joined = True
+        member.has_versions = item.version is not None
+        joined: dict[str, Any] = {"type": "crdt-joined", "roomId": member.room}
+        if not member.has_versions:
+            member.peer.send(encode(joined))
+            member.send_snapshot(outcome.data)
+            if outcome.since:
+                member.send_update(Change(member.room, outcome.since))
+            return
+        joined["version"] = base64.b64encode(outcome.version).decode()
+        if outcome.kind == "reset":
+            joined["reset"] = True
+        member.peer.send(encode(joined))
+        kind = "crdt-update" if outcome.kind == "update" else "crdt-snapshot"
+        member.send_document(kind, outcome.data)
+        if outcome.presence:
+            member.peer.send(presence_message(member.room, base64.b64encode(outcome.presence)))
+
+    def _left(self, outcome: Left) -> None:
+        member: Member = outcome.items[0].client
+        mine = self._of_peer.get(member.peer, {})
+        if mine.get(member.room) is not member:
+            return
+        member.is_joined = False
+        if not member.is_in:
+            del mine[member.room]
+            self._drop(member.room, member)
+        member.peer.send(encode({"type": "crdt-left", "roomId": member.room}))
+
+    def _told(self, outcome: Told) -> None:
+        (item,) = outcome.items
+        message = presence_message(outcome.room.name, item.data)
+        for member in self._entries[outcome.room.name].members.values():
+            if member.is_joined and member.has_versions and member is not item.client:
+                member.peer.send(message)
+
+    def _failed(self, outcome: Failed) -> None:
+        for item in outcome.items:
+            member = item.client
+            if isinstance(item, Update):
+                acknowledge([item], [outcome.error])
+            elif isinstance(member, Member):
+                if isinstance(item, Join) and not member.is_joined:
+                    member.is_in = False
+                    self._of_peer.get(member.peer, {}).pop(member.room, None)
+                    self._drop(member.room, member)
+                member.peer.send_error(about(outcome.room.name, outcome.error))
+
+    def _unloaded(self, outcome: Unloaded) -> None:
+        name = outcome.room.name
+        if self._entries[name].room is outcome.room and self.pool.forget(outcome.room):
+            del self._entries[name]
+
+    def _drop(self, name: str, member: Member) -> None:
+        entry = self._entries[name]
+        if entry.members.get(member.peer) is member:
+            del entry.members[member.peer]
+            entry.room.members = len(entry.members)
+            entry.room.touch()
+
+    def _refuse(self, name: str, error: ServerError) -> NoReturn:
+        raise about(name, error)
+
+
+class NoRooms(Feature):
+    """A feature: says how to get rooms."""
+
+    @property
+    def handlers(self) -> Mapping[type, MessageHandler]:
+        kinds = (RoomJoin, RoomLeave, RoomUpdate, RoomSnapshot, RoomPresence)
+        return {kind: self._refuse for kind in kinds}
+
+    def _refuse(self, peer: Peer, message: Any) -> None:
+        error = BadRequest("This server has no rooms; start it with --sync.")
+        error.room = message.room
+        raise error

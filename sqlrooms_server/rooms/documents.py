@@ -1,0 +1,316 @@
+"""One document of Loro. The only importer of loro; runs in a process of its own.
+
+Loro reports every error as a bare ``BaseException``. A panic, which is a subclass, leaves a
+document that cannot be used any more; so does an update that failed half-way. Both are ``Broken``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+import json
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from loro import EphemeralStore, ExportMode, Frontiers, LoroDoc, VersionVector
+
+T = TypeVar("T")
+
+# The number of no sender.
+NOBODY = -1
+
+EMPTY_SNAPSHOT = bytes(LoroDoc().export(ExportMode.Snapshot()))
+
+# As the clients of Loro have it.
+PRESENCE_SECONDS = 30
+
+MAX_PRESENCE_BYTES = 1 << 20
+
+# Where an export says what it is, and what stands there for updates.
+_MODE = slice(20, 22)
+_UPDATES = b"\x00\x04"
+
+# What is larger is not read a second time to see that it can be.
+_CHECKED_BYTES = 1 << 20
+
+# A snapshot up to this is made anew for everybody who joins; a larger one is sent again with the
+# updates since then, until these are so many.
+_SMALL_BYTES = 64 << 10
+_MAX_SINCE = 4
+
+# What Loro says when history was cut.
+_OUTDATED = "shallow history"
+
+
+class Refused(Exception):
+    """An update that cannot be taken. ``is_outdated``: it needs history that is gone."""
+
+    def __init__(self, text: str, *, is_outdated: bool = False) -> None:
+        super().__init__(text)
+        self.is_outdated = is_outdated
+
+
+class Broken(Exception):
+    """The document cannot be used any more and has to be loaded again."""
+
+
+@dataclass
+class Applied:
+    """What came of some updates.
+
+    ``statuses`` are one for each: "applied", "pending", or an error with whether the history is
+    gone. ``delta`` is what is new in the document, empty for nothing, and ``parts`` the same by the
+    sender it came from. ``pending`` are the updates that wait. ``is_whole``: the delta is a
+    snapshot, of a document whose history was cut.
+    """
+
+    statuses: list[str | tuple[str, bool]] = field(default_factory=list)
+    delta: bytes = b""
+    parts: list[tuple[int, bytes]] = field(default_factory=list)
+    pending: list[bytes] = field(default_factory=list)
+    is_whole: bool = False
+
+
+@dataclass
+class Document:
+    """One room. ``is_plain``: Loro has failed to make a snapshot of it; none is asked for."""
+
+    is_plain: bool = False
+
+    def __post_init__(self) -> None:
+        self._doc = LoroDoc()
+        self._presence: EphemeralStore | None = None
+
+    @property
+    def version(self) -> bytes:
+        return bytes(self._doc.oplog_vv.encode())
+
+    @property
+    def frontiers(self) -> bytes:
+        return bytes(self._doc.oplog_frontiers.encode())
+
+    def load(self, snapshot: bytes, updates: Sequence[bytes]) -> dict[int, str]:
+        """Read what was stored; why some of ``updates`` cannot be read, by their numbers.
+
+        Raises ``Refused`` for the snapshot.
+        """
+        if snapshot:
+            _guarded(lambda: self._doc.import_(bytes(snapshot)))
+            # It is read lazily; better to know now.
+            if self._doc.oplog_vv == VersionVector() and bytes(snapshot) != EMPTY_SNAPSHOT:
+                raise Refused("it holds nothing, or something else than a whole document")
+        if not updates:
+            return {}
+        try:
+            _guarded(lambda: self._doc.import_batch([bytes(update) for update in updates]))
+            return {}
+        except Refused:
+            unreadable: dict[int, str] = {}
+        # What could be read by then is skipped; the others are told apart.
+        for number, update in enumerate(updates):
+            try:
+                self._import(bytes(update))
+            except Refused as error:
+                unreadable[number] = str(error)
+        return unreadable
+
+    def apply(self, updates: Sequence[tuple[int, bytes]]) -> Applied:
+        """Import updates and snapshots, each with the number of its sender."""
+        before = self._doc.oplog_vv
+        applied = Applied()
+        # Into the log one by one, and then into the state all at once: several times as fast.
+        self._doc.detach()
+        for sender, run in itertools.groupby(updates, key=operator.itemgetter(0)):
+            since = self._doc.oplog_vv
+            for _, update in run:
+                applied.statuses.append(self._take(update, applied))
+            if self._doc.oplog_vv != since and not applied.is_whole:
+                applied.parts.append((sender, self._since(since)))
+        self._follow_log()
+        if self._doc.oplog_vv == before:
+            return applied
+        if applied.is_whole:
+            applied.delta = self.snapshot()[0]
+            senders = {sender for sender, _ in updates}
+            applied.parts = [(senders.pop() if len(senders) == 1 else NOBODY, applied.delta)]
+            return applied
+        applied.delta = applied.parts[0][1] if len(applied.parts) == 1 else self._since(before)
+        if len(applied.delta) <= _CHECKED_BYTES:
+            # What Loro cannot read again must not be stored.
+            try:
+                _guarded(lambda: LoroDoc().import_(applied.delta))
+            except Refused as error:
+                raise Broken(str(error)) from error
+        return applied
+
+    def _take(self, update: bytes, applied: Applied) -> str | tuple[str, bool]:
+        """Import into the log; the status."""
+        try:
+            if update[_MODE] != _UPDATES:
+                update, is_whole = self._rest_of_snapshot(update)
+                applied.is_whole = applied.is_whole or is_whole
+            status = self._import(update)
+        except Refused as error:
+            return str(error), error.is_outdated
+        if status.pending is None:
+            return "applied"
+        applied.pending.append(update)
+        return "pending"
+
+    def _follow_log(self) -> None:
+        """Bring the state to where the log is. What cannot be done breaks the document."""
+        try:
+            _guarded(self._doc.checkout_to_latest)
+        except Refused as error:
+            raise Broken(str(error)) from error
+        if self._doc.state_vv != self._doc.oplog_vv:
+            raise Broken("its changes cannot be followed")
+
+    def missing(self, version: bytes) -> tuple[bytes, str]:
+        """What a document at ``version`` lacks, and "update", "snapshot" or "reset".
+
+        Raises ``Refused`` for what is no version.
+        """
+        if not version:
+            return self.snapshot()[0], "snapshot"
+        vector = _version(version)
+        if vector == VersionVector():
+            return self.snapshot()[0], "snapshot"
+        if not vector.includes_vv(self._doc.shallow_since_vv):
+            return self.snapshot()[0], "reset"
+        return self._since(vector), "update"
+
+    def whole(self, base_version: bytes | None, base_size: int) -> tuple[bytes | None, bytes]:
+        """A snapshot and the update that completes it.
+
+        The snapshot is None when the one that the caller has will do, which is at ``base_version``.
+        """
+        if base_version is not None and base_size > _SMALL_BYTES:
+            base = _version(base_version)
+            if base.includes_vv(self._doc.shallow_since_vv):
+                if base == self._doc.oplog_vv:
+                    return None, b""
+                since = self._since(base)
+                if len(since) < base_size // _MAX_SINCE:
+                    return None, since
+        return self.snapshot()[0], b""
+
+    def snapshot(self, cut: bytes = b"") -> tuple[bytes, bytes]:
+        """The whole document, without the history before ``cut``; and the updates that wait."""
+        doc = self._doc
+        # Not what Loro makes of it: that grows when an empty document is read, and the published
+        # connector knows an empty room by its size.
+        if doc.oplog_vv == VersionVector():
+            return EMPTY_SNAPSHOT, _guarded(doc.export_pending_updates) or b""
+        mode = ExportMode.Updates(VersionVector()) if self.is_plain else ExportMode.Snapshot()
+        if cut and not self.is_plain:
+            mode = ExportMode.ShallowSnapshot(Frontiers.decode(cut))
+        try:
+            return _guarded(lambda: doc.export(mode)), _guarded(doc.export_pending_updates) or b""
+        except Refused as error:
+            raise Broken(str(error)) from error
+
+    def json(self) -> str:
+        """What the document holds, as JSON."""
+        return json.dumps(_plain(_guarded(self._doc.get_deep_value)), ensure_ascii=False)
+
+    def tell_presence(self, data: bytes) -> None:
+        """Note who is where. Raises ``Refused``."""
+        if self._presence is None:
+            self._presence = EphemeralStore(PRESENCE_SECONDS * 1000)
+        store = self._presence
+        _guarded(store.remove_outdated)
+        size = len(_guarded(store.encode_all))
+        if size + len(data) > MAX_PRESENCE_BYTES:
+            raise Refused(f"The presence of a room has at most {MAX_PRESENCE_BYTES} bytes.")
+        _guarded(lambda: store.apply(data))
+
+    def presence(self) -> bytes:
+        """Who is where; empty when nobody said."""
+        if self._presence is None:
+            return b""
+        _guarded(self._presence.remove_outdated)
+        if not self._presence.keys():
+            return b""
+        return bytes(_guarded(self._presence.encode_all))
+
+    def _import(self, update: bytes) -> Any:
+        """Import; an update that is refused has changed nothing."""
+        before = self._doc.oplog_vv
+        try:
+            return _guarded(lambda: self._doc.import_(update))
+        except Refused as error:
+            if self._doc.oplog_vv != before:
+                raise Broken(str(error)) from error
+            raise
+
+    def _rest_of_snapshot(self, snapshot: bytes) -> tuple[bytes, bool]:
+        """What is new in ``snapshot``, as an update, and whether that is all of it.
+
+        By way of another document: Loro reads the parts of a snapshot when they are needed, and
+        what cannot be read then would break the room.
+        """
+        other = LoroDoc()
+        _guarded(lambda: other.import_(snapshot))
+        _guarded(other.get_deep_value)
+        mine = self._doc.oplog_vv
+        if other.is_shallow() and not mine.includes_vv(other.shallow_since_vv):
+            if mine != VersionVector():
+                raise Refused(
+                    "The history of the snapshot begins after what the room has.", is_outdated=True
+                )
+            whole = bytes(_guarded(lambda: other.export(ExportMode.Snapshot())))
+            return whole, True
+        update = bytes(_guarded(lambda: other.export(ExportMode.Updates(mine))))
+        return update, False
+
+    def _since(self, vector: VersionVector) -> bytes:
+        try:
+            return bytes(_guarded(lambda: self._doc.export(ExportMode.Updates(vector))))
+        except Refused as error:
+            raise Broken(str(error)) from error
+
+
+def decoded(text: bytes) -> bytes:
+    """The bytes of a base64 text. Raises ``Refused``."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refused(f"data is not base64: {error}.") from error
+
+
+def _version(encoded: bytes) -> VersionVector:
+    try:
+        return _guarded(lambda: VersionVector.decode(encoded))
+    except Refused as error:
+        raise Refused("version is not an encoded version vector of Loro.") from error
+
+
+def _guarded(call: Callable[[], T]) -> T:
+    """What ``call`` returns; errors of Loro as ``Refused``, panics as ``Broken``."""
+    try:
+        return call()
+    except (TypeError, AttributeError):
+        raise
+    except BaseException as error:  # guard: Loro raises the base class itself
+        text = str(error)
+        if type(error) is BaseException:
+            raise Refused(text, is_outdated=_OUTDATED in text) from error
+        raise Broken(f"{type(error).__name__}: {text}") from error
+
+
+def _plain(value: Any) -> Any:
+    """``value`` of a document as JSON has it: bytes as base64, NaN and infinities as null."""
+    if isinstance(value, dict):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value

@@ -1,0 +1,165 @@
+"""``room(name)`` and ``rooms()`` in SQL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from sqlrooms_server.db.room_macros import wanted_rooms
+from sqlrooms_server.db.room_store import Line
+from tests.conftest import LocalServer
+from tests.loro_client import Client
+from tests.wire import Wire
+
+
+@pytest.fixture
+def server(launch: Callable[..., LocalServer]) -> LocalServer:
+    return launch(sync=True)
+
+
+@pytest.fixture
+def client(server: LocalServer) -> Iterator[Client]:
+    """A client in the room "plan"."""
+    with server.connect() as wire:
+        client = Client(wire, "plan")
+        client.join()
+        yield client
+
+
+def documents(wire: Wire, sql: str = "select * from room('plan')", **options: Any) -> list[Any]:
+    reply = wire.request(type="json", sql=sql, queryId="j", **options)
+    assert reply["type"] == "json", reply
+    return [json.loads(row["document"]) for row in json.loads(reply["data"])]
+
+
+def test_a_row_or_none(wire: Wire, client: Client) -> None:
+    assert documents(wire) == []
+    for number in range(50):
+        client.write("n", number)
+        # What was acked is in it.
+        assert documents(wire) == [{"m": {"n": number}}]
+    assert documents(wire, "select * from room('other')") == []
+    (row,) = wire.rows("select room_id, updated_at from room('plan')")
+    assert row["room_id"] == "plan"
+    assert row["updated_at"] > 1_600_000_000_000
+    table = wire.table("select * from Room ( 'plan' )")
+    assert table.column_names == ["room_id", "document", "updated_at"]
+    (listed,) = wire.rows("select * from rooms()")
+    assert listed["room_id"] == "plan"
+    assert listed["bytes"] > 0
+
+
+def test_joins_parameters_and_copies(wire: Wire, client: Client) -> None:
+    client.write("city", "Oslo")
+    wire.exec("create table visits as select 'Oslo' as city, 2 as n union all select 'Rome', 1")
+    sql = "select n from visits join room('plan') on city = (document->'m'->>'city')"
+    assert wire.rows(sql) == [{"n": 2}]
+    assert documents(wire, "select * from room(?)", params=["plan"]) == [{"m": {"city": "Oslo"}}]
+    assert documents(wire, "select * from room($r)", params={"r": "plan"}) != []
+    assert documents(wire, "select * from room('pl' || 'an')") != []
+    wire.exec("create table copy as select * from room('plan')")
+    assert wire.rows("select count(*)::int as n from copy") == [{"n": 1}]
+    wire.exec("insert into copy select * from room('plan')")
+    assert wire.rows("select count(*)::int as n from copy") == [{"n": 2}]
+
+
+def test_sessions(wire: Wire, client: Client) -> None:
+    client.write("a", 1)
+    assert documents(wire, session="s") == [{"m": {"a": 1}}]
+    client.write("a", 2)
+    assert documents(wire, session="s") == [{"m": {"a": 2}}]
+    for sql in ("begin", "create table t as select 1 as a"):
+        assert wire.request(type="exec", sql=sql, queryId=1, session="s")["type"] == "ok"
+    client.write("a", 3)
+    assert documents(wire, session="s") == [{"m": {"a": 3}}]
+    wire.request(type="exec", sql="select error('x')", queryId=1, session="s")
+    failed = wire.request(type="json", sql="from room('plan')", queryId=1, session="s")
+    assert (failed["type"], failed["code"]) == ("error", "query_error")
+    assert wire.request(type="exec", sql="rollback", queryId=1, session="s")["type"] == "ok"
+    assert documents(wire, session="s") == [{"m": {"a": 3}}]
+
+
+def test_it_is_never_cached_nor_live(wire: Wire, client: Client) -> None:
+    for number in range(3):
+        client.write("n", number)
+        assert documents(wire, persist=True) == [{"m": {"n": number}}]
+    error = wire.request(type="live", sql="select * from room('plan')", queryId="l")
+    assert (error["type"], error["code"]) == ("error", "bad_request")
+    assert "room" in error["error"]
+
+
+def test_nobody_can_write_it(wire: Wire, client: Client) -> None:
+    client.write("a", 1)
+    for sql in (
+        "insert into room('plan') values (1, 2, 3)",
+        "from room('plan'); delete from temp.__sqlrooms_room",
+        "from room('plan'); insert into temp.__sqlrooms_room values ('x', '1', now())",
+    ):
+        assert wire.request(type="exec", sql=sql, queryId="q")["type"] == "error"
+    assert documents(wire) == [{"m": {"a": 1}}]
+    # It is of the query that asks, and of no other.
+    assert "room" in wire.request(type="exec", sql='select * from "room"(1)', queryId=1)["error"]
+    assert wire.rows("select count(*)::int as n from duckdb_views() where view_name ~ 'sqlrooms'")
+
+
+def test_a_function_of_the_same_name_wins(wire: Wire, client: Client) -> None:
+    client.write("a", 1)
+    assert documents(wire, session="s") != []
+    wire.exec("create macro room(n) as table select '{\"mine\": 1}' as document")
+    assert documents(wire) == [{"mine": 1}]
+    assert documents(wire, session="s") == [{"mine": 1}]
+    wire.exec("drop macro table room")
+    assert documents(wire) == [{"m": {"a": 1}}]
+
+
+def test_a_room_that_cannot_be_read(server: LocalServer, wire: Wire, client: Client) -> None:
+    client.write("a", 1)
+    store: Any = server.server._room_store
+    store.append("bad", [b"x"], Line(), lambda error: None)
+    store.set_aside("bad", (), "because")
+    assert store.flush(10)
+    error = wire.request(type="json", sql="from room('bad')", queryId="j")
+    assert (error["type"], error["code"], error["queryId"]) == ("error", "internal", "j")
+    assert "because" in error["error"]
+    assert documents(wire) == [{"m": {"a": 1}}]
+
+
+def test_without_sync(launch: Callable[..., LocalServer]) -> None:
+    with launch().connect() as wire:
+        error = wire.request(type="json", sql="select * from room('plan')", queryId=1)
+        assert error["code"] == "query_error"
+
+
+@pytest.mark.parametrize(
+    ("sql", "names", "is_all"),
+    [
+        ("from room('a') join ROOM ( 'it''s' )", {"a", "it's"}, False),
+        ("from room(?)", {"p"}, False),
+        ("from room($x)", {"p"}, False),
+        ("from room(lower('A'))", set(), True),
+        ("from room('a' || 'b')", set(), True),
+        ("from rooms()", set(), False),
+    ],
+)
+def test_what_is_wanted(sql: str, names: set[str], is_all: bool) -> None:
+    wanted = wanted_rooms(sql, ["p", 1])
+    assert wanted is not None
+    assert set(wanted.names) == names
+    assert wanted.all == is_all
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "select 1",
+        "select 'room(1)'",
+        "select 1 -- room('a')",
+        "from bathroom('a')",
+        "from x.room(1)",
+    ],
+)
+def test_what_is_not_wanted(sql: str) -> None:
+    assert wanted_rooms(sql, None) is None

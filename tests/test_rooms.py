@@ -1,0 +1,546 @@
+"""Rooms: one document for all, in both parts of the protocol, with real documents."""
+
+from __future__ import annotations
+
+import base64
+import os
+import random
+import signal
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from loro import EphemeralStore, ExportMode, VersionVector
+
+from tests.conftest import LocalServer
+from tests.loro_client import EMPTY, Client, encoded, large_document, updates_of
+from tests.wire import DEADLINE, Wire
+
+
+@pytest.fixture
+def rooms(launch: Callable[..., LocalServer]) -> LocalServer:
+    """A server with rooms in memory."""
+    return launch(sync=True)
+
+
+@pytest.fixture
+def client(rooms: LocalServer) -> Iterator[Callable[..., Client]]:
+    """Makes clients of ``rooms``, which did not join yet."""
+    with ExitStack() as stack:
+        yield lambda room="r", doc=None: Client(stack.enter_context(rooms.connect()), room, doc)
+
+
+ACK = {"type": "crdt-update-ack", "roomId": "r"}
+
+
+def test_without_sync(wire: Wire) -> None:
+    for fields in (
+        {"type": "crdt-join", "roomId": "r"},
+        {"type": "crdt-snapshot", "roomId": "r", "data": encoded(EMPTY)},
+        {"type": "crdt-leave", "roomId": "r"},
+        {"type": "crdt-presence", "roomId": "r", "data": ""},
+    ):
+        error = wire.request(**fields)
+        assert (error["code"], error["roomId"]) == ("bad_request", "r")
+        assert "--sync" in error["error"]
+    assert "rooms" not in wire.request(type="hello")["features"]
+
+
+def test_welcome_says_so(rooms: LocalServer) -> None:
+    with rooms.connect() as wire:
+        assert "rooms" in wire.request(type="hello")["features"]
+
+
+def test_join_update_ack(client: Callable[..., Client]) -> None:
+    one, two = client(), client()
+    # The published connector knows an empty room by the size of its document.
+    assert one.join() == two.join() == EMPTY
+    one.write("a", 1)
+    two.await_value("a", 1)
+    two.write("b", 2)
+    one.await_value("b", 2)
+    # Whatever comes next to the sender is not its own update.
+    one.write("a", 3)
+    one.wire.send(type="hello")
+    assert one.next()["type"] == "welcome"
+    late = client()
+    assert len(late.join()) > len(EMPTY) + 32
+    assert late.values == {"a": 3, "b": 2}
+
+
+def test_a_client_that_does_not_wait(client: Callable[..., Client]) -> None:
+    """The published connector sends its snapshot with the join, and ignores the answer."""
+    one, two = client(), client()
+    one.change("offline", 1)
+    one.wire.send(type="crdt-join", roomId="r")
+    one.send_snapshot()
+    one.send(one.change("a", 2))
+    kinds = [one.next()["type"] for _ in range(4)]
+    assert kinds == ["crdt-joined", "crdt-snapshot", "crdt-snapshot-ack", "crdt-update-ack"]
+    two.join()
+    assert two.values == {"offline": 1, "a": 2}
+
+
+@pytest.mark.parametrize("where", ["memory", "file"])
+def test_snapshots_of_clients_are_merged(
+    launch: Callable[..., LocalServer], tmp_path: Any, where: str
+) -> None:
+    path = str(tmp_path / "my.duckdb") if where == "file" else ":memory:"
+    server = launch(sync=True, db_path=path)
+    with server.connect() as a, server.connect() as b, server.connect() as c:
+        one, two, three = Client(a), Client(b), Client(c)
+        one.change("one", 1)
+        two.change("two", 2)
+        one.join(), three.join()
+        one.send_snapshot()
+        assert one.ack() == {"type": "crdt-snapshot-ack", "roomId": "r"}
+        three.await_value("one", 1)
+        two.wire.send(type="crdt-join", roomId="r")
+        two.send_snapshot()
+        two.next(), two.next()
+        assert two.ack() == {"type": "crdt-snapshot-ack", "roomId": "r"}
+        three.await_value("two", 2)
+        one.await_value("two", 2)
+        # An empty one wipes nothing, and nothing is new in it.
+        three.send_snapshot(EMPTY)
+        assert three.ack()["type"] == "crdt-snapshot-ack"
+        late = Client(b)
+        late.join()
+        assert late.values == {"one": 1, "two": 2}
+
+
+def test_others_get_what_was_new(client: Callable[..., Client]) -> None:
+    one, two = client(), client()
+    one.join()
+    one.write("text", "x" * 5000)
+    two.join()
+    one.change("more", 1)
+    one.send_snapshot()
+    assert len(two.receive()) < 1000
+    assert two.values["more"] == 1
+
+
+MALFORMED: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda update: update[:-3],
+    "header": lambda update: update[:22],
+    "magic": lambda update: b"loro",
+    "garbage": lambda update: update[:22] + bytes(40),
+    "checksum": lambda update: update[:-1] + bytes([update[-1] ^ 1]),
+    "random": lambda update: b"loro" + random.Random(1).randbytes(60),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_updates(client: Callable[..., Client], kind: str) -> None:
+    one, two = client(), client()
+    one.join(), two.join()
+    one.send(MALFORMED[kind](Client(one.wire).change("bad", 1)))
+    error = one.next()
+    assert (error["type"], error["roomId"], error["code"]) == ("error", "r", "bad_request")
+    one.wire.send(type="crdt-snapshot", roomId="r", data="?")
+    assert one.next()["code"] == "bad_request"
+    one.write("good", 1)
+    two.await_value("good", 1)
+    assert two.values == {"good": 1}
+
+
+def test_updates_that_break_documents(client: Callable[..., Client]) -> None:
+    """Loro takes some updates with a right checksum, and panics later."""
+    one, two = client(), client()
+    one.join(), two.join()
+    rng = random.Random(5)
+    original = bytearray(Client(one.wire).change("evil", [1, {"a": "b"}, None]))
+    for number in range(150):
+        update = bytearray(original)
+        for _ in range(rng.randint(1, 3)):
+            update[rng.randrange(22, len(update))] = rng.randrange(256)
+        update[16:20] = struct.pack("<I", _checksum(bytes(update[20:])))
+        one.send(bytes(update))
+        one.send(one.change("good", number))
+    acks = 0
+    while acks < 150:
+        acks += one.ack()["type"] == "crdt-update-ack"
+    one.wire.send(type="crdt-leave", roomId="r")
+    while one.ack()["type"] != "crdt-left":
+        pass
+    late = client()
+    late.join()
+    assert late.values["good"] == 149
+    late.write("still", "there")
+
+
+def _checksum(data: bytes) -> int:
+    """xxHash32 as Loro has it."""
+    p1, p2, p3, p4, p5 = 2654435761, 2246822519, 3266489917, 668265263, 374761393
+    mask, seed = 0xFFFFFFFF, int.from_bytes(b"LORO", "little")
+
+    def turned(x: int, bits: int) -> int:
+        return ((x << bits) | (x >> (32 - bits))) & mask
+
+    position, value = 0, (seed + p5) & mask
+    if len(data) >= 16:
+        lanes = [(seed + p1 + p2) & mask, (seed + p2) & mask, seed, (seed - p1) & mask]
+        while position <= len(data) - 16:
+            for lane in range(4):
+                (word,) = struct.unpack_from("<I", data, position)
+                lanes[lane] = (turned((lanes[lane] + word * p2) & mask, 13) * p1) & mask
+                position += 4
+        value = sum(turned(lane, bits) for lane, bits in zip(lanes, (1, 7, 12, 18), strict=True))
+    value = (value + len(data)) & mask
+    while position <= len(data) - 4:
+        (word,) = struct.unpack_from("<I", data, position)
+        value = (turned((value + word * p3) & mask, 17) * p4) & mask
+        position += 4
+    for byte in data[position:]:
+        value = (turned((value + byte * p5) & mask, 11) * p1) & mask
+    for bits, factor in ((15, p2), (13, p3)):
+        value = (value ^ (value >> bits)) * factor & mask
+    return value ^ (value >> 16)
+
+
+def test_who_is_not_in_the_room(client: Callable[..., Client]) -> None:
+    one, two = client(), client()
+    one.join()
+    two.send(two.change("a", 1))
+    assert "joined no room" in two.next()["error"]
+    two.send_snapshot()
+    error = two.next()
+    assert (error["code"], error["roomId"]) == ("bad_request", "r")
+    two.send_framed(two.change("a", 1))
+    assert two.next()["code"] == "bad_request"
+    # A channel of the same name is something else.
+    two.wire.send(type="subscribe", channel="r")
+    assert two.next()["type"] == "subscribed"
+    two.wire.send(type="notify", channel="r", payload={"type": "crdt-update-ack"})
+    assert two.next()["type"] == "notify"
+    assert two.next()["type"] == "notifyAck"
+    one.write("b", 1)
+    two.wire.send(type="hello")
+    assert two.next()["type"] == "welcome"
+    assert one.values == {"b": 1}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "crdt-join"},
+        {"type": "crdt-join", "roomId": ""},
+        {"type": "crdt-join", "roomId": "é" * 128},
+        {"type": "crdt-join", "roomId": 7},
+        {"type": "crdt-join", "roomId": "r", "version": 7},
+        {"type": "crdt-join", "roomId": "r", "version": "?"},
+        {"type": "crdt-join", "roomId": "r", "version": "////"},
+        {"type": "crdt-snapshot", "roomId": "r"},
+        {"type": "crdt-leave", "roomId": None},
+        {"type": "crdt-presence", "roomId": "r", "data": {}},
+    ],
+)
+def test_bad_messages(client: Callable[..., Client], fields: dict[str, Any]) -> None:
+    one = client()
+    error = one.wire.request(**fields)
+    assert (error["type"], error["code"]) == ("error", "bad_request")
+    one.join()
+
+
+def test_several_rooms_of_one_connection(client: Callable[..., Client]) -> None:
+    a, other = client("a"), client("b")
+    b = Client(a.wire, "b")
+    a.join_with_version(), b.join_with_version(), other.join_with_version()
+    a.send(a.change("x", 1))
+    error = a.next()
+    assert "2 rooms" in error["error"]
+    assert "crdt-update" in error["error"]
+    b.send_framed(b.change("y", 2), id="first")
+    ack = b.next()
+    assert ack == {"type": "crdt-update-ack", "roomId": "b", "id": "first", "status": "applied"}
+    header, body = other.next()
+    assert header == {"type": "crdt-update", "roomId": "b"}
+    other.doc.import_(body)
+    assert other.values == {"y": 2}
+    a.wire.send(type="crdt-leave", roomId="b")
+    assert a.next() == {"type": "crdt-left", "roomId": "b"}
+    other.send_framed(other.change("z", 3))
+    other.next()
+    # What it changed before it is sent now; it is in one room only.
+    a.send(updates_of(a.doc))
+    assert a.next() == {"type": "crdt-update-ack", "roomId": "a"}
+    a.wire.send(type="crdt-leave", roomId="nowhere")
+    assert a.next() == {"type": "crdt-left", "roomId": "nowhere"}
+
+
+def test_only_what_is_missing_travels_both_ways(client: Callable[..., Client]) -> None:
+    one, two = client(), client()
+    joined, header, _ = one.join_with_version("")
+    assert header == {"type": "crdt-snapshot", "roomId": "r"}
+    one.send_framed(one.change("text", random.Random(1).randbytes(20_000).hex()))
+    assert one.next()["status"] == "applied"
+    two.doc.import_(updates_of(one.doc))
+    two.change("offline", 1)
+    one.send_framed(one.change("online", 1))
+    assert one.next()["status"] == "applied"
+    joined, header, body = two.join_with_version()
+    assert header == {"type": "crdt-update", "roomId": "r"}
+    assert len(body) < 300
+    assert two.values["online"] == 1
+    # What the server lacks is for the client to send.
+    version = VersionVector.decode(base64.b64decode(joined["version"]))
+    rest = bytes(two.doc.export(ExportMode.Updates(version)))
+    assert len(rest) < 300
+    two.send_framed(rest, id=7)
+    assert two.next() == {**ACK, "id": 7, "status": "applied"}
+    header, body = one.next()
+    one.doc.import_(body)
+    assert one.values == two.values
+    # Nothing is missing now, and that is said, too.
+    _, header, body = one.join_with_version()
+    assert header["type"] == "crdt-update"
+    assert len(body) < 50
+
+
+def test_pending(client: Callable[..., Client]) -> None:
+    one, two, three = client(), client(), client()
+    one.join_with_version(), two.join(), three.join_with_version()
+    first, second = two.change("a", 1), two.change("b", 2)
+    two.send(second)
+    assert two.next() == ACK
+    one.send_framed(second, id=1)
+    assert one.next() == {**ACK, "id": 1, "status": "pending"}
+    late = client()
+    late.join()
+    assert late.values == {}
+    one.send_framed(first, id=2)
+    assert one.next() == {**ACK, "id": 2, "status": "applied"}
+    for member in (three, late):
+        member.await_value("b", 2)
+        assert member.values == {"a": 1, "b": 2}
+
+
+def test_acks_of_a_burst(client: Callable[..., Client]) -> None:
+    one = client()
+    one.join_with_version()
+    for number in range(500):
+        one.send_framed(one.change("n", number), id=number)
+    one.send_framed(b"loro", id="bad")
+    one.send_framed(one.change("n", 500), id=500)
+    acks = []
+    total = 0
+    while total < 502:
+        acks.append(one.next())
+        total += acks[-1].get("count", 1)
+    applied = [ack["id"] for ack in acks if ack["status"] == "applied"]
+    assert applied == sorted(applied)
+    assert applied[-1] == 500
+    (rejected,) = [ack for ack in acks if ack["status"] == "rejected"]
+    assert (rejected["id"], rejected["code"]) == ("bad", "bad_request")
+    assert sum(ack.get("count", 1) for ack in acks[: acks.index(rejected)]) == 500
+
+
+def test_presence(client: Callable[..., Client]) -> None:
+    one, two, old = client(), client(), client()
+    one.join_with_version(), two.join_with_version(), old.join()
+    store = EphemeralStore(30_000)
+    store.set("ada", {"x": 1})
+    one.wire.send(type="crdt-presence", roomId="r", data=encoded(store.encode_all()))
+    message = two.next()
+    assert message["type"] == "crdt-presence"
+    found = EphemeralStore(30_000)
+    found.apply(base64.b64decode(message["data"]))
+    assert found.get_all_states() == {"ada": {"x": 1}}
+    # Neither the sender nor who does not know of it hears of it.
+    for member in (one, old):
+        member.wire.send(type="hello")
+        assert member.next()["type"] == "welcome"
+    late = client()
+    late.join_with_version()
+    message = late.next()
+    found = EphemeralStore(30_000)
+    found.apply(base64.b64decode(message["data"]))
+    assert found.get_all_states() == {"ada": {"x": 1}}
+    for data in ("?", encoded(b"zz")):
+        error = one.wire.request(type="crdt-presence", roomId="r", data=data)
+        assert (error["code"], error["roomId"]) == ("bad_request", "r")
+    error = one.wire.request(type="crdt-presence", roomId="r", data="A" * 100_000)
+    assert error["code"] == "too_large"
+
+
+def test_limits(launch: Callable[..., LocalServer]) -> None:
+    server = launch(
+        sync=True,
+        max_rooms=2,
+        max_rooms_per_connection=1,
+        max_room_size=4000,
+        max_update_size=2000,
+        update_rate=5,
+    )
+    with ExitStack() as stack:
+        one, two, three = (
+            Client(stack.enter_context(server.connect()), room) for room in ("a", "b", "c")
+        )
+        one.join(), two.join()
+
+        def refused(answer: Any, code: str, flag: str, room: str) -> None:
+            assert (answer["type"], answer["code"], answer["roomId"]) == ("error", code, room)
+            assert flag in answer["error"]
+
+        refused(
+            one.wire.request(type="crdt-join", roomId="b"),
+            "busy",
+            "--max-rooms-per-connection",
+            "b",
+        )
+        refused(three.wire.request(type="crdt-join", roomId="c"), "busy", "--max-rooms)", "c")
+        one.send(b"loro" + bytes(3000))
+        refused(one.next(), "too_large", "--max-update-size", "a")
+        one.write("x", os.urandom(800).hex())
+        one.write("y", os.urandom(800).hex())
+        one.send(one.change("z", os.urandom(800).hex()))
+        refused(one.next(), "too_large", "--max-room-size", "a")
+        for _ in range(20):
+            two.send(b"loro")
+        answers = [two.next() for _ in range(20)]
+        busy = [answer for answer in answers if answer["code"] == "busy"]
+        assert 5 <= len(busy) <= 10
+        refused(busy[0], "busy", "--update-rate", "b")
+
+
+def test_rooms_without_members_leave_the_memory(launch: Callable[..., LocalServer]) -> None:
+    server = launch(sync=True, max_rooms=3, room_idle_timeout=0)
+    with server.connect() as wire:
+        for number in range(30):
+            one = Client(wire, f"room {number}")
+            one.join()
+            one.write("n", number)
+            wire.send(type="crdt-leave", roomId=one.room)
+            assert one.ack()["type"] == "crdt-left"
+        for number in range(30):
+            again = Client(wire, f"room {number}")
+            again.join()
+            assert again.values == {"n": number}
+            wire.send(type="crdt-leave", roomId=again.room)
+            assert again.ack()["type"] == "crdt-left"
+        entries = server.server.rooms._entries  # type: ignore[union-attr]
+        while entries:
+            time.sleep(0.01)
+
+
+def test_a_process_that_is_killed(client: Callable[..., Client], rooms: LocalServer) -> None:
+    one, two = client(), client()
+    one.join(), two.join()
+    pool = rooms.server.rooms.pool  # type: ignore[union-attr]
+    for number in range(100):
+        one.send(one.change("n", number))
+        if number % 40 == 20:
+            for pid in pool.pids:
+                os.kill(pid, signal.SIGKILL)
+    for _ in range(100):
+        assert one.ack() == ACK
+    two.await_value("n", 99)
+    late = client()
+    late.join()
+    assert late.values == {"n": 99}
+
+
+def test_a_process_of_little_memory(launch: Callable[..., LocalServer]) -> None:
+    server = launch(sync=True, room_memory=120 << 20, max_update_size=64 << 20)
+    with server.connect() as a, server.connect() as b:
+        one, two = Client(a), Client(b)
+        one.join(), two.join()
+        one.write("a", 1)
+        two.await_value("a", 1)
+        one.send(updates_of(large_document(60 << 20)))
+        error = one.next()
+        assert (error["code"], error["roomId"]) == ("bad_request", "r")
+        one.write("b", 2)
+        two.await_value("b", 2)
+        assert two.values == {"a": 1, "b": 2}
+
+
+def test_a_large_room_stalls_nobody(launch: Callable[..., LocalServer]) -> None:
+    server = launch(sync=True)
+    with ExitStack() as stack:
+        wires = [stack.enter_context(server.connect()) for _ in range(5)]
+        large, joiner = Client(wires[0], "large"), Client(wires[1], "large")
+        one, two = Client(wires[2]), Client(wires[3])
+        one.join(), two.join(), large.join()
+        snapshot = large_document(50 << 20).export(ExportMode.Snapshot())
+        assert len(snapshot) > 48 << 20
+        data = encoded(snapshot)
+        large.wire.send(type="crdt-snapshot", roomId="large", data=data)
+        joiner.wire.send(type="crdt-join", roomId="large")
+
+        def receive() -> None:
+            # In the snapshot, or as an update after it: whoever came first.
+            while len(joiner.wire.socket.recv(timeout=DEADLINE)) < 24 << 20:
+                pass
+
+        thread = threading.Thread(target=receive)
+        thread.start()
+        times: list[float] = []
+        while thread.is_alive():
+            began = time.monotonic()
+            one.write("n", len(times))
+            two.await_value("n", len(times))
+            wires[4].rows("select 1 as a")
+            times.append(time.monotonic() - began)
+        thread.join()
+        assert large.ack() == {"type": "crdt-snapshot-ack", "roomId": "large"}
+        assert len(times) > 20
+        # The client on the same interpreter takes some of it.
+        assert max(times) < 1.0
+
+
+def test_a_member_that_does_not_read(launch: Callable[..., LocalServer]) -> None:
+    server = launch(sync=True, max_queued_bytes=1 << 20)
+    with server.connect() as a, server.connect() as b, server.connect() as c:
+        stalled, one, two = Client(a), Client(b), Client(c)
+        stalled.wire.send(type="crdt-join", roomId="r")
+        one.join(), two.join()
+        text = os.urandom(1 << 20).hex()
+        for number in range(10):
+            one.write("t", [number, text])
+            two.receive()
+        assert two.values["t"][0] == 9
+
+
+def test_members_leave_with_their_connection(
+    client: Callable[..., Client], rooms: LocalServer
+) -> None:
+    for _ in range(3):
+        with rooms.connect() as wire:
+            for number in range(20):
+                wire.send(type="crdt-join", roomId=f"r{number}")
+    one = client()
+    one.join()
+    feature: Any = rooms.server.rooms
+    while rooms.server.connections.count() > 1:
+        pass
+    one.write("a", 1)
+    assert [len(entry.members) for entry in feature._entries.values()].count(1) == 1
+    assert sum(len(entry.members) for entry in feature._entries.values()) == 1
+    assert len(feature._of_peer) == 1
+
+
+def test_joining_again_while_the_document_is_sent(rooms: LocalServer) -> None:
+    with rooms.connect() as a, rooms.connect() as b:
+        one, two = Client(a), Client(b)
+        one.doc = large_document(8 << 20)
+        one.join()
+        one.send_snapshot()
+        assert one.ack()["type"] == "crdt-snapshot-ack"
+        for _ in range(3):
+            two.wire.send(type="crdt-join", roomId="r")
+        for number in range(20):
+            one.write("n", number)
+        joins = 0
+        while two.values.get("n") != 19 or joins < 3:
+            reply = two.next()
+            if isinstance(reply, tuple):
+                assert joins, "an update came before the document"
+                assert two.doc.import_(reply[1]).pending is None
+            elif reply["type"] == "crdt-snapshot":
+                joins += 1
+                two.doc.import_(base64.b64decode(reply["data"], validate=True))
