@@ -40,6 +40,11 @@ stalled 10,000 messages to 100 subscribers, of which 10 do not read until the ot
         messages a second that those get. Nobody may miss one or get one twice.
 subscribed  what each of 2,000 subscribed connections costs in memory, and the CPU time of all
         while nothing is said.
+rooms   edits a second that ten members of a room of a database file have acknowledged, each with
+        up to 16 under way, with one, and with 256, of which this server then acks several at once;
+        and what comes over the wire, and how long it takes, when a member comes back to a document
+        of 5 MB of which it lacks ten edits. Every member must end with the same document. Only
+        this server has stored what it acks.
 idle    CPU time of a server with one connected client that says nothing, as % of one core.
 
 In-process is the same DuckDB called from Python without any server: for `one` a new cursor and

@@ -167,6 +167,17 @@ WORKLOADS = (
         in_process=False,
     ),
     Workload(
+        "rooms",
+        (
+            Metric("rate", "edits in a room of ten", "/s", True, required=1),
+            Metric("lone", "  each after its ack", "/s", True),
+            Metric("flood", "  acks in batches", "/s", True, required=10),
+            Metric("size", "coming back to 5 MB", "kB", False, required=1 / 20),
+            Metric("join", "  time", "ms", False),
+        ),
+        in_process=False,
+    ),
+    Workload(
         "idle",
         (
             # The aim is none at all, met by what rounds to 0.0 %: a timer a second is a little.
@@ -185,6 +196,8 @@ class Effort:
     warm_up: float
     window: float
     mixed_answers: int
+    # Of each member of a room.
+    edits: int
     settle: float = 1.0
     idle: float = 5.0
 
@@ -205,11 +218,13 @@ FULL = Effort(
         "fanout": 7,
         "stalled": 3,
         "subscribed": 3,
+        "rooms": 5,
         "idle": 3,
     },
     warm_up=0.5,
     window=2.0,
     mixed_answers=5,
+    edits=500,
 )
 QUICK = Effort(
     {
@@ -227,11 +242,13 @@ QUICK = Effort(
         "fanout": 2,
         "stalled": 1,
         "subscribed": 1,
+        "rooms": 1,
         "idle": 1,
     },
     warm_up=0.2,
     window=1.0,
     mixed_answers=3,
+    edits=200,
     settle=0.5,
     idle=2.0,
 )

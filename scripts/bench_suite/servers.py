@@ -67,6 +67,10 @@ class Server:
     usage: Usage
     environment: Path
 
+    @property
+    def is_ours(self) -> bool:
+        return self.environment.name.startswith("ours")
+
 
 @contextmanager
 def apart(usage: Usage) -> Iterator[None]:
@@ -88,8 +92,10 @@ def apart(usage: Usage) -> Iterator[None]:
 
 
 @contextmanager
-def running(environment: Path) -> Iterator[Server]:
-    """Run the `sqlrooms-server` of a virtual environment, in memory and in a directory of its own.
+def running(environment: Path, *options: str) -> Iterator[Server]:
+    """Run the `sqlrooms-server` of a virtual environment in a directory of its own.
+
+    In memory unless `options`, those of its command line, say otherwise.
 
     Whatever ends the block ends the server. `ServerFailed` carries the end of its log.
     """
@@ -98,7 +104,7 @@ def running(environment: Path) -> Iterator[Server]:
         port = _free_port()
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [environment / "bin" / "sqlrooms-server", "--port", str(port)],
+                [environment / "bin" / "sqlrooms-server", "--port", str(port), *options],
                 cwd=directory,
                 env=_surroundings(directory),
                 stdin=subprocess.DEVNULL,

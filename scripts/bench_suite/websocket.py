@@ -82,6 +82,10 @@ class Connection:
         self._socket.sendall(frame + head)
         self._socket.sendall(body)
 
+    def send_all(self, messages: list[bytes]) -> None:
+        """Send small binary messages together."""
+        self._socket.sendall(b"".join(_frame(_BINARY, message) for message in messages))
+
     def receive(self, receiver: Receiver) -> None:
         """Hand on what one read brings. May be none, one or several messages."""
         try:

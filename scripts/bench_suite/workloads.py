@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from . import changes, hub, load
+from . import changes, hub, load, rooms
 from .answers import LARGE, MIXED, ONE, gigabyte, numbered
 from .load import Sample
 from .plan import Effort
@@ -26,6 +26,8 @@ SUBSCRIBED = 1000
 STALLED_OF = 100
 STALLED_MESSAGES = 10_000
 IDLE_SUBSCRIBED = 2000
+SYNC = ("--sync", "--db-path", "bench.duckdb")
+ROOM_SIZE = 5_000_000
 
 # Bytes under way: of a chunked result, and of an upload, where the server allows 32 MiB.
 WINDOW = 16 << 20
@@ -162,6 +164,23 @@ def _subscribed(server: Server, effort: Effort, _: bool) -> Sample:
     return {"size": size / 1e3, "cpu": cpu * 100}
 
 
+def _rooms(server: Server, effort: Effort, _: bool) -> Sample:
+    def edits(each: int, in_flight: int, *, in_batches: bool = False) -> float:
+        with running(server.environment, *SYNC) as kept:
+            return rooms.edits(kept.port, each, in_flight=in_flight, in_batches=in_batches)
+
+    with running(server.environment, *SYNC) as kept:
+        size, seconds = rooms.join(kept.port, ROOM_SIZE, with_version=server.is_ours)
+    return {
+        "rate": edits(2 * effort.edits, 16),
+        "lone": edits(effort.edits, 1),
+        # Ours acknowledges several at once; the other one takes as many, and acks each.
+        "flood": edits(8 * effort.edits, 256, in_batches=server.is_ours),
+        "size": size / 1e3,
+        "join": seconds * 1e3,
+    }
+
+
 def _idle(server: Server, effort: Effort, _: bool) -> Sample:
     with Connection(server.port) as connection:
         load.decode(connection, ONE)
@@ -187,5 +206,6 @@ RUNS: dict[str, Run] = {
     "fanout": _fan_out,
     "stalled": _stalled,
     "subscribed": _subscribed,
+    "rooms": _rooms,
     "idle": _idle,
 }
