@@ -168,6 +168,7 @@ class _StopSignals:
 
 
 def _welcome(settings: Settings, port: int) -> str:
+    from sqlrooms_server.db import room_files
     from sqlrooms_server.db.cursor import DUCKDB_VERSION
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -175,15 +176,19 @@ def _welcome(settings: Settings, port: int) -> str:
         host = "localhost"
     mode = ", read-only" if settings.read_only else ""
     access = "token required" if settings.auth_token else "pages and programs of this machine"
-    return "\n".join(
-        (
-            f"sqlrooms-server {__version__}, DuckDB {DUCKDB_VERSION}",
-            "",
-            f"  address   ws://{host}:{port}",
-            f"  database  {settings.db_path}{mode}",
-            f"  access    {access}",
-            f"  health    http://{host}:{port}/readyz",
-            "",
-            "Press Ctrl+C to stop.",
-        )
-    )
+    lines = [
+        f"sqlrooms-server {__version__}, DuckDB {DUCKDB_VERSION}",
+        "",
+        f"  address   ws://{host}:{port}",
+        f"  database  {settings.db_path}{mode}",
+    ]
+    if settings.sync:
+        where = room_files.place(settings.db_path, settings.meta_db, settings.rooms_db)
+        lines.append(f"  rooms     {where}")
+    lines += [
+        f"  access    {access}",
+        f"  health    http://{host}:{port}/readyz",
+        "",
+        "Press Ctrl+C to stop.",
+    ]
+    return "\n".join(lines)

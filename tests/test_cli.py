@@ -91,6 +91,14 @@ def test_the_screen_at_start(serve: Callable[..., ServerProcess], tmp_path: Path
     assert __version__ in process.welcome
     assert "Press Ctrl+C to stop." in process.welcome
     assert len(process.welcome.splitlines()) <= 24
+    assert "  rooms " not in process.welcome
+
+
+def test_the_screen_says_where_rooms_are(
+    serve: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    process = serve("--db-path", str(tmp_path / "my.duckdb"), "--sync")
+    assert str(tmp_path / "my.rooms.duckdb") in process.welcome
 
 
 def test_settings_from_the_environment_and_a_file(
