@@ -8,7 +8,7 @@ from typing import Any
 
 KINDS = ("connector", "versions in node", "plain", "versions")
 MAX_PEERS = 10
-ROOMS = ("plan", "räume/2", "x" * 255)
+ROOMS = ("plan", "räume/2", "🦆 'a' \"b\"")
 
 Step = tuple[Any, ...]
 

@@ -2,7 +2,7 @@
 
 Commands come as JSON lines on standard input, ``{id, peer, do, …}``; answers leave as lines on
 standard output, ``{id, …}`` or ``{id, error}``, and what should not have happened as ``{fault}``.
-:mod:`tests.convergence.peers` is the driver; ``tests/browser/room_peers.mjs`` does the same in Node.
+:mod:`tests.convergence.peers` is the driver; ``tests/browser/room_peers.mjs`` does it in Node.
 """
 
 from __future__ import annotations
@@ -220,9 +220,7 @@ class Peer:
         finally:
             sender.cancel()
 
-    async def _send_all(
-        self, socket: ClientConnection, outbox: asyncio.Queue[str | bytes]
-    ) -> None:
+    async def _send_all(self, socket: ClientConnection, outbox: asyncio.Queue[str | bytes]) -> None:
         with suppress(OSError, WebSocketException):
             while True:
                 await socket.send(await outbox.get())
@@ -259,7 +257,9 @@ class Peer:
         if copy.is_refused:
             return
         for left in range(message.get("count", 1), 0, -1):
-            kind, identity, own = copy.expected.popleft() if copy.expected else ("nothing", None, None)
+            kind, identity, own = (
+                copy.expected.popleft() if copy.expected else ("nothing", None, None)
+            )
             assert message["type"] == kind, f"expected {kind}, got {str(message)[:300]}"
             if left == 1 and identity is not None:
                 assert message["id"] == identity, f"expected id {identity}, got {message}"
@@ -407,7 +407,9 @@ class VersionsPeer(Peer):
 
     def _send_update(self, copy: Copy, update: bytes, own: Range) -> None:
         self._ids += 1
-        self._send_raw(framed({"type": "crdt-update", "roomId": copy.room, "id": self._ids}, update))
+        self._send_raw(
+            framed({"type": "crdt-update", "roomId": copy.room, "id": self._ids}, update)
+        )
         copy.expected.append(("crdt-update-ack", self._ids, own))
 
     def _answered(self, copy: Copy, message: dict[str, Any], own: Range | None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from loro import LoroDoc
+from loro import LoroDoc, VersionVector
 from websockets.asyncio.client import connect
 
 from tests.conftest import ServerProcess
@@ -218,9 +218,7 @@ class Schedule:
         for room in self._rooms():
             value, versions, version = await self._audit(room)
             inside = [
-                number
-                for number, member in enumerate(self._plan.members)
-                if room in member.rooms
+                number for number, member in enumerate(self._plan.members) if room in member.rooms
             ]
             name = self._room(room)
             encoded = base64.b64encode(version).decode()
@@ -231,7 +229,7 @@ class Schedule:
             for number, state in zip(inside, states, strict=True):
                 who = f"peer {number}, {self._plan.members[number].kind}"
                 assert state["version"] == versions, (who, state["version"], versions)
-                assert state["value"] == value, (who, state["value"], value)
+                assert without_empty(state["value"]) == value, (who, state["value"], value)
             await self._fresh(room, encoded, value)
 
     async def _fresh(self, room: str, version: str, value: Any) -> None:
@@ -252,13 +250,13 @@ class Schedule:
         await self._within(call("connect"))
         await self._within(call("reach", room=name, version=version))
         state = await self._within(call("state", room=name))
-        assert state["value"] == value, (f"fresh {kind}", state["value"], value)
+        assert without_empty(state["value"]) == value, (f"fresh {kind}", state["value"], value)
         await self._within(call("end"))
 
     # Peers
 
     def _room(self, room: str) -> str:
-        return f"{self._plan.seed}-{room}"[:200]
+        return f"{self._plan.seed}-{room}"
 
     def _rooms(self) -> list[str]:
         return sorted({room for member in self._plan.members for room in member.rooms})
@@ -313,13 +311,15 @@ class Schedule:
         assert isinstance(message, bytes), message
         doc.import_(message[4 + int.from_bytes(message[:4], "big") :])
         version = base64.b64decode(joined["version"])
-        assert doc.oplog_vv.encode() and versions_of(doc.oplog_vv) == versions_of_bytes(version)
         versions = versions_of(doc.oplog_vv)
-        value = doc.get_deep_value()
+        assert versions == versions_of(VersionVector.decode(version))
+        value = without_empty(doc.get_deep_value())
         for (acked_room, number), count in self._acked.items():
             if acked_room == name:
                 has = versions.get(number, 0)
-                assert has >= count, f"of peer {number} in {name}, {count} were acked, {has} are there"
+                assert has >= count, (
+                    f"of peer {number} in {name}, {count} were acked, {has} are there"
+                )
         marks = value.get("marks", {})
         for number, end, mark in self._edits[room]:
             if end <= self._acked[name, number]:
@@ -327,10 +327,9 @@ class Schedule:
         return value, versions, version
 
 
-def versions_of_bytes(version: bytes) -> dict[str, int]:
-    from loro import VersionVector
-
-    return versions_of(VersionVector.decode(version))
+def without_empty(value: dict[str, Any]) -> dict[str, Any]:
+    """A document without roots that hold nothing: to ask for one creates it, on one side only."""
+    return {key: held for key, held in value.items() if held}
 
 
 def arguments(directory: Path | None, token: str | None, *more: str) -> tuple[str, ...]:
