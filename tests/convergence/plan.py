@@ -48,6 +48,8 @@ def draw(seed: int, is_durable: bool) -> Plan:
         several = kind.startswith("versions")
         member = Member(kind, tuple(own if several else own[:1]), numbers.getrandbits(32))
         plan.members.append(member)
+        if numbers.random() < 0.6:
+            plan.steps.append(("connect", len(plan.members) - 1))
     drawing = _Drawing(plan, numbers)
     for _ in range(numbers.randint(10, 60)):
         drawing.step()
@@ -113,7 +115,7 @@ class _Drawing:
             self._add("edit", peer, room, (seed + number) % 2**32, size)
 
     def _pause(self) -> None:
-        self._add("pause", self._numbers.choice((0, 0, 1, 2, 5)))
+        self._add("pause", self._numbers.choice((0, 1, 3, 5, 10)))
 
     def _cut(self) -> None:
         self._add("cut", self._peer())
@@ -161,6 +163,10 @@ class _Drawing:
             self._add("start_server")
         elif self._restarts:
             self._restarts -= 1
+            # What is just being acked is what a server may lose.
+            for _ in range(self._numbers.choice((0, 4, 12))):
+                self._edit()
+            self._pause()
             self._add("stop_server", self._numbers.choice(("SIGTERM", "SIGKILL", "SIGKILL")))
         else:
             return
