@@ -62,6 +62,7 @@ class _Drawing:
         self._plan = plan
         self._numbers = numbers
         self._is_up = True
+        self._has_lost = False
         # Each costs as much as a hundred edits.
         self._restarts = numbers.choice((0, 0, 1, 1, 2))
         self._large = numbers.choice((0,) * 8 + (20_000, 100_000))
@@ -80,6 +81,7 @@ class _Drawing:
             self._refresh: 2 if plan.is_durable else 0,
             self._settle: 2,
             self._toggle: restarts,
+            self._lose_documents: 1,
         }
 
     def step(self) -> None:
@@ -157,6 +159,12 @@ class _Drawing:
 
     def _settle(self) -> None:
         self._add("settle", self._peer())
+
+    def _lose_documents(self) -> None:
+        if self._is_up and not self._has_lost:
+            # Twice, it would look like the fault of what they were doing.
+            self._has_lost = True
+            self._add("lose_documents")
 
     def _toggle(self) -> None:
         if not self._is_up:
