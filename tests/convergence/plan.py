@@ -65,7 +65,8 @@ class _Drawing:
         self._has_lost = False
         # Each costs as much as a hundred edits.
         self._restarts = numbers.choice((0, 0, 1, 1, 2))
-        self._large = numbers.choice((0,) * 8 + (20_000, 100_000))
+        # Enough for a log to become a snapshot; enough for a room to have a process of its own.
+        self._large = numbers.choice((0,) * 80 + (20_000, 100_000) * 9 + (1_500_000,))
         restarts = 2 if self._restarts else 0
         self._weights = {
             self._edit: 50,
