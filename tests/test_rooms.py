@@ -407,6 +407,32 @@ def test_limits(launch: Callable[..., LocalServer]) -> None:
         refused(busy[0], "busy", "--update-rate", "b")
 
 
+def test_snapshots_count_with_what_is_new_in_them(launch: Callable[..., LocalServer]) -> None:
+    """Those who connect again send all that they have, and all at once."""
+    server = launch(sync=True, max_room_size=1 << 20)
+    with ExitStack() as stack:
+        clients = [Client(stack.enter_context(server.connect())) for _ in range(4)]
+        one = clients[0]
+        one.doc = large_document(700 << 10)
+        for client in clients:
+            client.join()
+            client.doc.import_(updates_of(one.doc))
+        for _ in range(3):
+            for number, client in enumerate(clients):
+                client.change(f"offline {number}", number)
+                client.send_snapshot()
+            for client in clients:
+                assert client.ack() == {"type": "crdt-snapshot-ack", "roomId": "r"}
+        one.change("too much", os.urandom(400 << 10).hex())
+        one.send_snapshot()
+        error = one.ack()
+        assert (error["code"], error["roomId"]) == ("too_large", "r")
+        assert "--max-room-size" in error["error"]
+        late = Client(stack.enter_context(server.connect()))
+        late.join()
+        assert late.values == {f"offline {number}": number for number in range(4)}
+
+
 def test_rooms_without_members_leave_the_memory(launch: Callable[..., LocalServer]) -> None:
     server = launch(sync=True, max_rooms=3, room_idle_timeout=0)
     with server.connect() as wire:

@@ -42,11 +42,14 @@ _OUTDATED = "shallow history"
 
 
 class Refused(Exception):
-    """An update that cannot be taken. ``is_outdated``: it needs history that is gone."""
+    """An update that cannot be taken.
 
-    def __init__(self, text: str, *, is_outdated: bool = False) -> None:
+    ``code`` is "bad_request", "gone" when it needs history that is gone, or "too_large".
+    """
+
+    def __init__(self, text: str, code: str = "bad_request") -> None:
         super().__init__(text)
-        self.is_outdated = is_outdated
+        self.code = code
 
 
 class Broken(Exception):
@@ -57,13 +60,13 @@ class Broken(Exception):
 class Applied:
     """What came of some updates.
 
-    ``statuses`` are one for each: "applied", "pending", or an error with whether the history is
-    gone. ``delta`` is what is new in the document, empty for nothing, ``for_senders`` the part of
-    it that each sender does not know. ``pending`` are the updates that wait. ``is_whole``: the
-    delta is a snapshot, of a document whose history was cut.
+    ``statuses`` are one for each: "applied", "pending", or an error with its code. ``delta`` is
+    what is new in the document, empty for nothing, ``for_senders`` the part of it that each sender
+    does not know. ``pending`` are the updates that wait. ``is_whole``: the delta is a snapshot, of
+    a document whose history was cut.
     """
 
-    statuses: list[str | tuple[str, bool]]
+    statuses: list[str | tuple[str, str]]
     delta: bytes = b""
     for_senders: dict[int, bytes] = field(default_factory=dict)
     pending: list[bytes] = field(default_factory=list)
@@ -113,8 +116,11 @@ class Document:
                 unreadable[number] = str(error)
         return unreadable
 
-    def apply(self, updates: Sequence[tuple[int, bytes]]) -> Applied:
-        """Import updates and snapshots, each with the number of its sender."""
+    def apply(self, updates: Sequence[tuple[int, bytes]], space: int) -> Applied:
+        """Import updates and snapshots, each with the number of its sender.
+
+        What is new in the snapshots may have ``space`` bytes.
+        """
         before = self._doc.oplog_vv
         applied = Applied([])
         known: dict[int, VersionVector] = {}
@@ -127,11 +133,14 @@ class Document:
                     vector.merge(LoroDoc.decode_import_blob_meta(update, True).partial_end_vv)
                 else:
                     update, end, is_whole = self._rest_of_snapshot(update)
+                    if len(update) > space and not before.includes_vv(end):
+                        raise Refused("There is no space for what is new in it.", "too_large")
+                    space -= len(update)
                     applied.is_whole = applied.is_whole or is_whole
                     status = self._import(update)
                     vector.merge(end)
             except Refused as error:
-                applied.statuses.append((str(error), error.is_outdated))
+                applied.statuses.append((str(error), error.code))
                 continue
             if status is None or status.pending is None:
                 applied.statuses.append("applied")
@@ -261,9 +270,7 @@ class Document:
         mine = self._doc.oplog_vv
         if other.is_shallow() and not mine.includes_vv(other.shallow_since_vv):
             if mine != VersionVector():
-                raise Refused(
-                    "The history of the snapshot begins after what the room has.", is_outdated=True
-                )
+                raise Refused("The history of the snapshot begins after what the room has.", "gone")
             whole = bytes(_guarded(lambda: other.export(ExportMode.Snapshot())))
             return whole, other.oplog_vv, True
         update = bytes(_guarded(lambda: other.export(ExportMode.Updates(mine))))
@@ -304,7 +311,7 @@ def _guarded(call: Callable[[], T]) -> T:
     except BaseException as error:  # guard: Loro raises the base class itself
         text = str(error)
         if type(error) is BaseException:
-            raise Refused(text, is_outdated=_OUTDATED in text) from error
+            raise Refused(text, "gone" if _OUTDATED in text else "bad_request") from error
         raise Broken(f"{type(error).__name__}: {text}") from error
 
 
