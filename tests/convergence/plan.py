@@ -67,6 +67,8 @@ class _Drawing:
         self._restarts = numbers.choice((0, 0, 1, 1, 2))
         # Enough for a log to become a snapshot; enough for a room to have a process of its own.
         self._large = numbers.choice((0,) * 80 + (20_000, 100_000) * 9 + (1_500_000,))
+        # All may connect again at once, each with all of it, and what waits then is limited.
+        self._largest = 5_000_000
         restarts = 2 if self._restarts else 0
         self._weights = {
             self._edit: 50,
@@ -114,8 +116,11 @@ class _Drawing:
             self._add("shuffle", peer, room, seed)
             return
         size = self._large if self._numbers.randrange(4) == 0 else 0
+        self._largest -= size
+        if self._largest < 0:
+            size = 0
         for number in range(self._numbers.choice((1, 1, 1, 5))):
-            self._add("edit", peer, room, (seed + number) % 2**32, size)
+            self._add("edit", peer, room, (seed + number) % 2**32, 0 if number else size)
 
     def _pause(self) -> None:
         self._add("pause", self._numbers.choice((0, 1, 3, 5, 10)))
