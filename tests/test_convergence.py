@@ -105,9 +105,12 @@ async def run(kind: Kind, plans: Sequence[Plan], directory: Path) -> None:
             schedule = Schedule(plan, world, crew)
             try:
                 await schedule.run()
-            except AssertionError as error:
+            except (asyncio.CancelledError, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # Loro's errors are no better than that.
+                what = f"{type(error).__name__}: {error}\nat {schedule.at}"
                 waits = await schedule.describe()
-                raise AssertionError(f"{error}\nat {schedule.at}\n{waits}\n{plan}") from error
+                raise AssertionError(f"{what}\n{waits}\n{plan}") from error
         await world.stop_server(signal.SIGTERM)
     finally:
         await world.stop_server(signal.SIGKILL)

@@ -149,8 +149,12 @@ class Schedule:
         """What each peer waits for."""
         found = []
         for number, member in enumerate(self._plan.members):
-            answer = await self._within(self._call(number, "describe"))
-            found.append(f"  peer {number}, {member.kind}: {answer['text']}")
+            try:
+                answer = await asyncio.wait_for(self._call(number, "describe"), 1)
+                text = answer["text"]
+            except (AssertionError, OSError, asyncio.TimeoutError) as error:
+                text = f"does not say: {error}"
+            found.append(f"  peer {number}, {member.kind}: {text}")
         return "\n".join(found)
 
     # Steps
