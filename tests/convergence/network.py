@@ -92,6 +92,10 @@ class Link:
         for tunnel in self._tunnels:
             tunnel.resume()
 
+    def __str__(self) -> str:
+        state = "open" if self._open.is_set() else "held"
+        return f"link {state}: {', '.join(map(str, self._tunnels)) or 'no connection'}"
+
     def opened(self, tunnel: _Tunnel) -> None:
         self._tunnels.add(tunnel)
         task = asyncio.create_task(self._dial(tunnel))
@@ -126,6 +130,10 @@ class _Tunnel:
         self.link = link
         self.client = _Side(self)
         self.server = _Side(self)
+
+    def __str__(self) -> str:
+        dialled = "" if self.server.transport else ", not dialled"
+        return f"{self.client.passed} bytes sent, {self.server.passed} received{dialled}"
 
     def other(self, side: _Side) -> _Side:
         return self.server if side is self.client else self.client
@@ -168,6 +176,7 @@ class _Side(asyncio.Protocol):
         self._tunnel = tunnel
         self.transport: asyncio.Transport | None = None
         self.left: int | None = None
+        self.passed = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -177,6 +186,7 @@ class _Side(asyncio.Protocol):
         other = self._tunnel.other(self).transport
         if other is None:
             return
+        self.passed += len(data)
         if self.left is None:
             other.write(data)
             return

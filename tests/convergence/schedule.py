@@ -154,7 +154,7 @@ class Schedule:
                 text = answer["text"]
             except (AssertionError, OSError, asyncio.TimeoutError) as error:
                 text = f"does not say: {error}"
-            found.append(f"  peer {number}, {member.kind}: {text}")
+            found.append(f"  peer {number}, {member.kind}: {text}; {self._links[number]}")
         return "\n".join(found)
 
     # Steps
