@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from loro import EphemeralStore, ExportMode, VersionVector
 
+from sqlrooms_server.db.room_store import Line
 from tests.conftest import LocalServer
 from tests.loro_client import EMPTY, Client, encoded, large_document, updates_of
 from tests.wire import DEADLINE, Wire
@@ -405,6 +406,71 @@ def test_limits(launch: Callable[..., LocalServer]) -> None:
         busy = [answer for answer in answers if answer["code"] == "busy"]
         assert 5 <= len(busy) <= 10
         refused(busy[0], "busy", "--update-rate", "b")
+
+
+def test_snapshots_count_with_what_is_new_in_them(launch: Callable[..., LocalServer]) -> None:
+    """Those who connect again send all that they have, and all at once."""
+    server = launch(sync=True, max_room_size=1 << 20)
+    with ExitStack() as stack:
+        clients = [Client(stack.enter_context(server.connect())) for _ in range(4)]
+        one = clients[0]
+        one.doc = large_document(700 << 10)
+        for client in clients:
+            client.join()
+            client.doc.import_(updates_of(one.doc))
+        for _ in range(3):
+            for number, client in enumerate(clients):
+                client.change(f"offline {number}", number)
+                client.send_snapshot()
+            for client in clients:
+                assert client.ack() == {"type": "crdt-snapshot-ack", "roomId": "r"}
+        one.change("too much", os.urandom(400 << 10).hex())
+        one.send_snapshot()
+        error = one.ack()
+        assert (error["code"], error["roomId"]) == ("too_large", "r")
+        assert "--max-room-size" in error["error"]
+        late = Client(stack.enter_context(server.connect()))
+        late.join()
+        assert late.values == {f"offline {number}": number for number in range(4)}
+
+
+def test_refusals_do_not_overtake_acks(
+    launch: Callable[..., LocalServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients without ids tell by the order which of their updates was acked."""
+    server = launch(sync=True, max_room_size=4000)
+    pool = server.server.rooms.pool  # type: ignore[union-attr]
+    go_on, is_closing = threading.Event(), threading.Event()
+    join = pool._small.join
+
+    def joining(deadline: float) -> None:
+        is_closing.set()
+        join(deadline)
+
+    def waiting(error: BaseException | None) -> None:
+        go_on.wait(DEADLINE)
+
+    monkeypatch.setattr(pool._small, "join", joining)
+    with server.connect() as wire:
+        one = Client(wire)
+        one.join()
+        # The ack waits for what is written before it.
+        pool.store.append("r", (), Line(), waiting)
+        one.send(one.change("a", 1))
+        one.send_snapshot(bytes(8000))
+        wire.send(type="hello")
+        assert one.next()["type"] == "welcome"
+        stopping = threading.Thread(target=server.server.stop)
+        stopping.start()
+        assert is_closing.wait(DEADLINE)
+        one.send(one.change("b", 2))
+        wire.send(type="hello")
+        assert one.next()["type"] == "welcome"
+        go_on.set()
+        answers = [one.next() for _ in range(3)]
+        stopping.join()
+    assert answers[0] == {"type": "crdt-update-ack", "roomId": "r"}
+    assert [answer["code"] for answer in answers[1:]] == ["too_large", "shutting_down"]
 
 
 def test_rooms_without_members_leave_the_memory(launch: Callable[..., LocalServer]) -> None:

@@ -183,14 +183,14 @@ class Rooms(Feature):
         member = self._member(peer, message.room)
         size = len(message.data) * 3 // 4
         if size > self._settings.max_room_size:
-            self._refuse(
-                message.room,
-                TooLarge(
-                    f"The snapshot has {size} bytes; at most {self._settings.max_room_size} are "
-                    "allowed (--max-room-size)."
-                ),
+            error = TooLarge(
+                f"The snapshot has {size} bytes; at most {self._settings.max_room_size} are "
+                "allowed (--max-room-size)."
             )
-        update = Update(member, message.data, SNAPSHOT, is_text=True)
+            # Behind the answers to those before.
+            update = Update(member, b"", SNAPSHOT, refused=error)
+        else:
+            update = Update(member, message.data, SNAPSHOT, is_text=True)
         self._put(self._entries[message.room], update)
 
     def _presence(self, peer: Peer, message: RoomPresence) -> None:

@@ -42,11 +42,7 @@ class Lost(Exception):
 
 
 class RefusedByLoro(Exception):
-    """The document did not take it. ``is_outdated``: it needs history that is gone."""
-
-    def __init__(self, text: str, *, is_outdated: bool) -> None:
-        super().__init__(text)
-        self.is_outdated = is_outdated
+    """The document did not take it."""
 
 
 class DocumentBroke(Exception):
@@ -101,7 +97,7 @@ class Child:
         except Closed:
             raise self._lost() from None
         if kind == "refused":
-            raise RefusedByLoro(answer[0], is_outdated=answer[1])
+            raise RefusedByLoro(answer[0])
         if kind == "broken":
             raise DocumentBroke(answer[0])
         return tuple(answer), parts

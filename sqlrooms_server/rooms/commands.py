@@ -72,7 +72,7 @@ def _not_stored(room: Room, error: BaseException) -> ServerError:
 
 
 def _apply(room: Room, items: Sequence[Update], keeping: Keeping, tell: Tell) -> None:
-    refused = _refused(room, items, keeping)
+    refused, space = _refused(room, items, keeping)
     fitting = [item for item, error in zip(items, refused, strict=True) if error is None]
     if not fitting:
         outcome = Applied(room, list(items), [e for e in refused if e is not None], b"", [])
@@ -90,10 +90,13 @@ def _apply(room: Room, items: Sequence[Update], keeping: Keeping, tell: Tell) ->
         room.name,
         [numbers[item.client] for item in fitting],
         [number for number, item in enumerate(fitting) if item.is_text],
+        space,
         blobs=[item.data if type(item.data) is bytes else bytes(item.data) for item in fitting],
     )
     answers = iter(told)
-    statuses = [_status(next(answers)) if error is None else error for error in refused]
+    statuses = [
+        _status(room, next(answers), keeping) if error is None else error for error in refused
+    ]
     # The number of nobody is -1.
     parts = [
         (clients[number] if number >= 0 else None, part)
@@ -110,8 +113,14 @@ def _apply(room: Room, items: Sequence[Update], keeping: Keeping, tell: Tell) ->
     _tell_stored(room, stored, outcome, keeping, tell)
 
 
-def _refused(room: Room, items: Sequence[Update], keeping: Keeping) -> list[ServerError | None]:
-    """Why each of ``items`` is not taken: the room has no space for it, for one."""
+def _refused(
+    room: Room, items: Sequence[Update], keeping: Keeping
+) -> tuple[list[ServerError | None], int]:
+    """Why each of ``items`` is not taken: the room has no space for it, for one.
+
+    And the space that is left for what is new in snapshots of clients. Those who connect again send
+    all that they have, most of which the room has, too.
+    """
     wanted = sum(item.size for item in items)
     if room.size + room.log_bytes + wanted > keeping.limits.max_size and room.log_rows:
         # The log is larger than what a snapshot makes of it.
@@ -121,22 +130,29 @@ def _refused(room: Room, items: Sequence[Update], keeping: Keeping) -> list[Serv
     refused: list[ServerError | None] = []
     for item in items:
         error = item.refused
-        if error is None and size + item.size > keeping.limits.max_size:
-            error = TooLarge(
-                f"Room {room.name!r} would have more than {keeping.limits.max_size} bytes "
-                "(--max-room-size)."
-            )
-        elif error is None:
-            size += item.size
+        if error is None and not item.is_text:
+            if size + item.size > keeping.limits.max_size:
+                error = _no_space(room, keeping)
+            else:
+                size += item.size
         refused.append(error)
-    return refused
+    return refused, keeping.limits.max_size - size
 
 
-def _status(status: Any) -> str | ServerError:
+def _no_space(room: Room, keeping: Keeping) -> TooLarge:
+    return TooLarge(
+        f"Room {room.name!r} would have more than {keeping.limits.max_size} bytes "
+        "(--max-room-size)."
+    )
+
+
+def _status(room: Room, status: Any, keeping: Keeping) -> str | ServerError:
     if isinstance(status, str):
         return status
-    text, is_outdated = status
-    if is_outdated:
+    text, code = status
+    if code == "too_large":
+        return _no_space(room, keeping)
+    if code == "gone":
         return Gone(f"The update needs history that is gone (--room-history): {text}")
     return BadRequest(f"This is no update that Loro can take: {text}")
 

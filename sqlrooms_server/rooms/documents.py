@@ -47,11 +47,14 @@ _OUTDATED = "shallow history"
 
 
 class Refused(Exception):
-    """An update that cannot be taken. ``is_outdated``: it needs history that is gone."""
+    """An update that cannot be taken.
 
-    def __init__(self, text: str, *, is_outdated: bool = False) -> None:
+    ``code`` is "bad_request", "gone" when it needs history that is gone, or "too_large".
+    """
+
+    def __init__(self, text: str, code: str = "bad_request") -> None:
         super().__init__(text)
-        self.is_outdated = is_outdated
+        self.code = code
 
 
 class Broken(Exception):
@@ -62,13 +65,13 @@ class Broken(Exception):
 class Applied:
     """What came of some updates.
 
-    ``statuses`` are one for each: "applied", "pending", or an error with whether the history is
-    gone. ``delta`` is what is new in the document, empty for nothing, and ``parts`` the same by the
-    sender it came from. ``pending`` are the updates that wait. ``is_whole``: the delta is a
-    snapshot, of a document whose history was cut.
+    ``statuses`` are one for each: "applied", "pending", or an error with its code. ``delta`` is
+    what is new in the document, empty for nothing, and ``parts`` the same by the sender it came
+    from. ``pending`` are the updates that wait. ``is_whole``: the delta is a snapshot, of a
+    document whose history was cut.
     """
 
-    statuses: list[str | tuple[str, bool]] = field(default_factory=list)
+    statuses: list[str | tuple[str, str]] = field(default_factory=list)
     delta: bytes = b""
     parts: list[tuple[int, bytes]] = field(default_factory=list)
     pending: list[bytes] = field(default_factory=list)
@@ -118,8 +121,11 @@ class Document:
                 unreadable[number] = str(error)
         return unreadable
 
-    def apply(self, updates: Sequence[tuple[int, bytes]]) -> Applied:
-        """Import updates and snapshots, each with the number of its sender."""
+    def apply(self, updates: Sequence[tuple[int, bytes]], space: int) -> Applied:
+        """Import updates and snapshots, each with the number of its sender.
+
+        What is new in the snapshots may have ``space`` bytes.
+        """
         before = self._doc.oplog_vv
         applied = Applied()
         # Into the log one by one, and then into the state all at once: several times as fast.
@@ -127,7 +133,9 @@ class Document:
         for sender, run in itertools.groupby(updates, key=operator.itemgetter(0)):
             since = self._doc.oplog_vv
             for _, update in run:
-                applied.statuses.append(self._take(update, applied))
+                status, used = self._take(update, applied, space)
+                applied.statuses.append(status)
+                space -= used
             if self._doc.oplog_vv != since and not applied.is_whole:
                 applied.parts.append((sender, self._since(since)))
         self._follow_log()
@@ -147,19 +155,23 @@ class Document:
                 raise Broken(str(error)) from error
         return applied
 
-    def _take(self, update: bytes, applied: Applied) -> str | tuple[str, bool]:
-        """Import into the log; the status."""
+    def _take(
+        self, update: bytes, applied: Applied, space: int
+    ) -> tuple[str | tuple[str, str], int]:
+        """Import into the log; the status, and how much of ``space`` that takes."""
+        used = 0
         try:
             if update[_MODE] != _UPDATES:
-                update, is_whole = self._rest_of_snapshot(update)
+                update, is_whole = self._rest_of_snapshot(update, space)
+                used = len(update)
                 applied.is_whole = applied.is_whole or is_whole
             status = self._import(update)
         except Refused as error:
-            return str(error), error.is_outdated
+            return (str(error), error.code), used
         if status.pending is None:
-            return "applied"
+            return "applied", used
         applied.pending.append(update)
-        return "pending"
+        return "pending", used
 
     def _follow_log(self) -> None:
         """Bring the state to where the log is. What cannot be done breaks the document."""
@@ -248,25 +260,25 @@ class Document:
                 raise Broken(str(error)) from error
             raise
 
-    def _rest_of_snapshot(self, snapshot: bytes) -> tuple[bytes, bool]:
+    def _rest_of_snapshot(self, snapshot: bytes, space: int) -> tuple[bytes, bool]:
         """What is new in ``snapshot``, as an update, and whether that is all of it.
 
         By way of another document: Loro reads the parts of a snapshot when they are needed, and
-        what cannot be read then would break the room.
+        what cannot be read then would break the room. Raises ``Refused`` also when it is more than
+        ``space`` bytes.
         """
         other = LoroDoc()
         _guarded(lambda: other.import_(snapshot))
         _guarded(other.get_deep_value)
         mine = self._doc.oplog_vv
-        if other.is_shallow() and not mine.includes_vv(other.shallow_since_vv):
-            if mine != VersionVector():
-                raise Refused(
-                    "The history of the snapshot begins after what the room has.", is_outdated=True
-                )
-            whole = bytes(_guarded(lambda: other.export(ExportMode.Snapshot())))
-            return whole, True
-        update = bytes(_guarded(lambda: other.export(ExportMode.Updates(mine))))
-        return update, False
+        is_whole = other.is_shallow() and not mine.includes_vv(other.shallow_since_vv)
+        if is_whole and mine != VersionVector():
+            raise Refused("The history of the snapshot begins after what the room has.", "gone")
+        mode = ExportMode.Snapshot() if is_whole else ExportMode.Updates(mine)
+        update = bytes(_guarded(lambda: other.export(mode)))
+        if len(update) > space and not mine.includes_vv(other.oplog_vv):
+            raise Refused("There is no space for what is new in it.", "too_large")
+        return update, is_whole
 
     def _since(self, vector: VersionVector) -> bytes:
         try:
@@ -299,7 +311,7 @@ def _guarded(call: Callable[[], T]) -> T:
     except BaseException as error:  # guard: Loro raises the base class itself
         text = str(error)
         if type(error) is BaseException:
-            raise Refused(text, is_outdated=_OUTDATED in text) from error
+            raise Refused(text, "gone" if _OUTDATED in text else "bad_request") from error
         raise Broken(f"{type(error).__name__}: {text}") from error
 
 

@@ -27,6 +27,8 @@ class Pool:
         self.lock = threading.Lock()
         self._tell = tell
         self._is_closed = False
+        # What came after that, to be answered behind what came before; None when that is over.
+        self._late: list[Failed] | None = []
         self._small = Driver(self, "rooms-0", is_small=True)
         self._large: list[Driver] = []
 
@@ -47,7 +49,11 @@ class Pool:
                 if not room.is_scheduled:
                     room.driver.schedule(room)
                 return
-        self.tell(Failed(room, [item], ShuttingDown("The server is shutting down.")))
+            late = Failed(room, [item], ShuttingDown("The server is shutting down."))
+            if self._late is not None:
+                self._late.append(late)
+                return
+        self.tell(late)
 
     def forget(self, room: Room) -> bool:
         """Whether ``room``, which was unloaded, has nothing to do any more."""
@@ -78,7 +84,12 @@ class Pool:
                 driver.close()
         for driver in self._drivers():
             driver.join(deadline)
-        self.store.flush(max(0.0, deadline - time.monotonic()))
+        if not self.store.flush(max(0.0, deadline - time.monotonic())):
+            return
+        with self.lock:
+            late, self._late = self._late or [], None
+            for outcome in late:
+                self.tell(outcome)
 
     def _drivers(self) -> list[Driver]:
         return [self._small, *self._large]

@@ -28,21 +28,24 @@ class Documents:
         self._documents[name] = document
         return (unreadable,), [document.version]
 
-    def apply(self, name: str, senders: list[int], base64_ones: list[int], *blobs: Blob) -> Reply:
+    def apply(
+        self, name: str, senders: list[int], base64_ones: list[int], space: int, *blobs: Blob
+    ) -> Reply:
         """Updates and their senders -> statuses, and what is new.
 
-        ``base64_ones`` are the numbers of those that are still text.
+        ``base64_ones`` are the numbers of those that are still text. What is new in snapshots may
+        have ``space`` bytes.
         """
         document = self._documents[name]
         updates: list[tuple[int, bytes]] = []
-        refused: dict[int, tuple[str, bool]] = {}
+        refused: dict[int, tuple[str, str]] = {}
         for number, (sender, blob) in enumerate(zip(senders, blobs, strict=True)):
             try:
                 is_text = number in base64_ones
                 updates.append((sender, decoded(bytes(blob)) if is_text else bytes(blob)))
             except Refused as error:
-                refused[number] = (str(error), False)
-        applied = document.apply(updates)
+                refused[number] = (str(error), error.code)
+        applied = document.apply(updates, space)
         found = iter(applied.statuses)
         statuses = [refused.get(number) or next(found) for number in range(len(senders))]
         fields = statuses, [sender for sender, _ in applied.parts], applied.is_whole
@@ -84,7 +87,7 @@ class Documents:
         try:
             answer, parts = method(name, *arguments, *blobs)
         except Refused as error:
-            return ("refused", str(error), error.is_outdated), []
+            return ("refused", str(error)), []
         except (Broken, MemoryError) as error:
             self._documents.pop(name, None)
             return ("broken", str(error) or "out of memory"), []

@@ -6,27 +6,39 @@
 // room-config that was never published.
 import {createWebSocketDuckDbConnector} from '@sqlrooms/duckdb/dist/connectors/WebSocketDuckDbConnector.js';
 import {Failed, check, within} from './checks.mjs';
+import {roomSteps} from './room_steps.mjs';
 import {steps} from './steps.mjs';
 
 const STEP_DEADLINE_MS = 30_000;
 const SCENARIO_DEADLINE_MS = 150_000;
 
 /**
- * Runs every step and reports each; never throws.
+ * Runs what is asked for and reports each step; never throws.
  *
+ * @param servers `{name: {wsUrl, token?}}`: servers with rooms, for their scenario; or else
  * @param wsUrl a server that needs no token and starts empty
  * @param files `{csv, parquet}`: paths on the server's disk, both holding the same thousand sales
  * @param locked `{wsUrl, token}` of a second server
  * @returns `{steps: [{name, ok, detail, ms}]}`, ready for JSON
  */
-export async function runScenario({wsUrl, files, locked}) {
+export async function runScenario({servers, ...duckdb}) {
+  return {steps: await (servers ? run(roomSteps({servers}), {}) : runDuckDb(duckdb))};
+}
+
+async function runDuckDb({wsUrl, files, locked}) {
   const opened = [];
   const connect = (options = {}) => {
     const connector = createWebSocketDuckDbConnector({wsUrl, ...options});
     opened.push(connector);
     return connector;
   };
-  const app = {wsUrl, files, locked, connect};
+  const report = await run(steps, {wsUrl, files, locked, connect});
+  await Promise.all(opened.map((connector) => connector.destroy()));
+  return report;
+}
+
+/** The outcome of each step. `app` is what they share. */
+async function run(steps, app) {
   const report = [];
   const end = performance.now() + SCENARIO_DEADLINE_MS;
   for (const [name, step] of Object.entries(steps)) {
@@ -42,6 +54,5 @@ export async function runScenario({wsUrl, files, locked}) {
     }
     report.push({...outcome, ms: Math.round(performance.now() - start)});
   }
-  await Promise.all(opened.map((connector) => connector.destroy()));
-  return {steps: report};
+  return report;
 }
