@@ -19,7 +19,7 @@ from sqlrooms_server.db.room_store import Line
 from sqlrooms_server.errors import BadRequest, InternalError, ServerError, ShuttingDown
 from sqlrooms_server.rooms import commands
 from sqlrooms_server.rooms.child import Child, DocumentBroke, Lost, RefusedByLoro
-from sqlrooms_server.rooms.keeping import LARGE_BYTES, Keeping, Moved
+from sqlrooms_server.rooms.keeping import LARGE_BYTES, LARGE_UPDATE_BYTES, Keeping, Moved
 from sqlrooms_server.rooms.room import (
     Failed,
     Item,
@@ -140,7 +140,7 @@ class Driver:
                 # Whatever has become of the document.
                 self._tell_behind(room, Left(room, items))
                 return
-            self._load(room, sum(item.size for item in items))
+            self._load(room, [item.size for item in items])
             commands.run(room, items, self._keeping, self._pool.tell)
             if self._keeping.should_compact(room):
                 self._compact(room)
@@ -191,14 +191,14 @@ class Driver:
         for room in self._rooms:
             room.is_loaded = False
 
-    def _load(self, room: Room, more: int) -> None:
-        """Let the document be in the process. ``more`` is what it is going to grow by."""
+    def _load(self, room: Room, more: list[int]) -> None:
+        """Let the document be in the process. ``more`` are the sizes of what it is to take."""
         if room.line.failure is not None:
             # What could not be stored is in the document; nobody was told of it.
             self._keeping.unload(room)
         if self.is_small:
             size = room.size + room.log_bytes if room.is_loaded else self._keeping.stored(room)
-            if size + more > LARGE_BYTES:
+            if size + sum(more) > LARGE_BYTES or max(more) > LARGE_UPDATE_BYTES:
                 raise Moved
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:

@@ -20,6 +20,9 @@ Ask = Callable[..., tuple[tuple[Any, ...], list[Any]]]
 
 # A room of more has a process of its own, where its imports keep no other room waiting.
 LARGE_BYTES = 4 << 20
+# So has one that gets an update of more: a long text that is concurrent with something takes Loro a
+# time that grows with the square of its length, 0.06 s for this one.
+LARGE_UPDATE_BYTES = 128 << 10
 
 # The log is read when a room is loaded: so many bytes, or half of a large snapshot, or so many rows
 # take a moment.
