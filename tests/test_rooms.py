@@ -473,6 +473,23 @@ def test_refusals_do_not_overtake_acks(
     assert [answer["code"] for answer in answers[1:]] == ["too_large", "shutting_down"]
 
 
+def test_leaving_and_joining_without_waiting(client: Callable[..., Client]) -> None:
+    one, two = client(), client()
+    two.join()
+    one.join_with_version("")
+    for kind in ("crdt-leave", "crdt-join", "crdt-leave"):
+        one.wire.send(type=kind, roomId="r", version="")
+    assert one.next()["type"] == "crdt-left"
+    # By now it is neither in nor out.
+    one.wire.send(type="crdt-join", roomId="r", version="")
+    for kind in ("crdt-joined", "crdt-left", "crdt-joined"):
+        assert one.next()["type"] == kind
+        if kind == "crdt-joined":
+            assert one.next()[0]["type"] == "crdt-snapshot"
+    two.write("a", 1)
+    one.await_value("a", 1)
+
+
 def test_rooms_without_members_leave_the_memory(launch: Callable[..., LocalServer]) -> None:
     server = launch(sync=True, max_rooms=3, room_idle_timeout=0)
     with server.connect() as wire:

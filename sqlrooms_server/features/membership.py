@@ -60,8 +60,8 @@ class Change:
 class Member:
     """One client and one room, from its first ``crdt-join`` until it left.
 
-    ``is_in``: it may send; ``is_joined``: it is sent what others change. ``has_versions``: it knows
-    more than the first protocol.
+    ``is_in``: it may send; ``is_joined``: it is sent what others change. ``asked``: so many joins
+    and leaves are not answered yet. ``has_versions``: it knows more than the first protocol.
     """
 
     def __init__(self, peer: Peer, room: str, max_waiting: int) -> None:
@@ -69,6 +69,7 @@ class Member:
         self.room = room
         self.is_in = True
         self.is_joined = False
+        self.asked = 0
         self.has_versions = False
         self._max_waiting = max_waiting
         # Short messages overtake a large one that is still to be sent. Those about its document

@@ -130,6 +130,7 @@ class Rooms(Feature):
             entry.room.members = len(entry.members)
         member.is_in = True
         self._put(self._entries[name], Join(member, message.version))
+        member.asked += 1
 
     def _leave(self, peer: Peer, message: RoomLeave) -> None:
         member = self._of_peer.get(peer, {}).get(message.room)
@@ -138,6 +139,7 @@ class Rooms(Feature):
             return
         member.is_in = False
         self._put(self._entries[message.room], Leave(member))
+        member.asked += 1
 
     def _update(self, peer: Peer, message: RoomUpdate) -> None:
         if message.room is None:
@@ -276,8 +278,9 @@ class Rooms(Feature):
     def _joined(self, outcome: Joined) -> None:
         (item,) = outcome.items
         member: Member = item.client
-        if outcome.room.name not in self._of_peer.get(member.peer, {}):
+        if not self._is_here(member):
             return
+        member.asked -= 1
         member.is_joined = True
         member.has_versions = item.version is not None
         joined: dict[str, Any] = {"type": "crdt-joined", "roomId": member.room}
@@ -298,13 +301,11 @@ class Rooms(Feature):
 
     def _left(self, outcome: Left) -> None:
         member: Member = outcome.items[0].client
-        mine = self._of_peer.get(member.peer, {})
-        if mine.get(member.room) is not member:
+        if not self._is_here(member):
             return
+        member.asked -= 1
         member.is_joined = False
-        if not member.is_in:
-            del mine[member.room]
-            self._drop(member.room, member)
+        self._forget_if_gone(member)
         member.peer.send(encode({"type": "crdt-left", "roomId": member.room}))
 
     def _told(self, outcome: Told) -> None:
@@ -320,16 +321,27 @@ class Rooms(Feature):
             if isinstance(item, Update):
                 acknowledge([item], [outcome.error])
             elif isinstance(member, Member):
-                if isinstance(item, Join) and not member.is_joined:
-                    member.is_in = False
-                    self._of_peer.get(member.peer, {}).pop(member.room, None)
-                    self._drop(member.room, member)
+                if isinstance(item, Join | Leave) and self._is_here(member):
+                    member.asked -= 1
+                    if not member.is_joined and not member.asked:
+                        member.is_in = False
+                    self._forget_if_gone(member)
                 member.peer.send_error(about(outcome.room.name, outcome.error))
 
     def _unloaded(self, outcome: Unloaded) -> None:
         name = outcome.room.name
         if self._entries[name].room is outcome.room and self.pool.forget(outcome.room):
             del self._entries[name]
+
+    def _is_here(self, member: Member) -> bool:
+        """Whether its connection is."""
+        return self._of_peer.get(member.peer, {}).get(member.room) is member
+
+    def _forget_if_gone(self, member: Member) -> None:
+        """It has left, unless it has asked for more since."""
+        if not member.is_in and not member.asked:
+            del self._of_peer[member.peer][member.room]
+            self._drop(member.room, member)
 
     def _drop(self, name: str, member: Member) -> None:
         entry = self._entries[name]
