@@ -18,7 +18,7 @@ class Author:
 
     def set(self, key: str, value: object) -> bytes:
         before = self.doc.oplog_vv
-        self.doc.get_map("m").insert(key, value)  # type: ignore[arg-type]
+        self.doc.get_map("m").insert(key, value)
         return self._since(before)
 
     def write(self, text: str) -> bytes:
