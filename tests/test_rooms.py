@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import random
 import signal
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 from loro import EphemeralStore, ExportMode, VersionVector
 
+from sqlrooms_server.messages import RoomSnapshot
+from sqlrooms_server.protocol import Limits, decode
 from tests.conftest import LocalServer
 from tests.loro_client import EMPTY, Client, encoded, large_document, updates_of
 from tests.wire import DEADLINE, Wire
@@ -244,6 +247,17 @@ def test_bad_messages(client: Callable[..., Client], fields: dict[str, Any]) -> 
     error = one.wire.request(**fields)
     assert (error["type"], error["code"]) == ("error", "bad_request")
     one.join()
+
+
+@pytest.mark.parametrize("more", [{}, {"at": "now"}])
+@pytest.mark.parametrize("slash", ["/", "\\/"])
+def test_large_snapshots_in_any_writing(more: dict[str, str], slash: str) -> None:
+    data = "/+AB" * 20_000
+    text = json.dumps({"type": "crdt-snapshot", "roomId": "r", "data": data, **more})
+    limits = Limits(max_message_size=1 << 20, max_sql_length=1 << 20)
+    message = decode(text.replace("/", slash).encode(), is_text=True, limits=limits)
+    assert isinstance(message, RoomSnapshot)
+    assert (message.room, bytes(message.data)) == ("r", data.encode())
 
 
 def test_several_rooms_of_one_connection(client: Callable[..., Client]) -> None:
