@@ -11,7 +11,7 @@ import pytest
 from sqlrooms_server.db.room_macros import wanted_rooms
 from sqlrooms_server.db.room_store import Line
 from tests.conftest import LocalServer
-from tests.loro_client import Client
+from tests.loro_client import Client, updates_of
 from tests.wire import Wire
 
 
@@ -50,6 +50,16 @@ def test_a_row_or_none(wire: Wire, client: Client) -> None:
     (listed,) = wire.rows("select * from rooms()")
     assert listed["room_id"] == "plan"
     assert listed["bytes"] > 0
+
+
+def test_when_it_changed(wire: Wire, client: Client) -> None:
+    client.write("a", 1)
+    sql = "select updated_at from room('plan')"
+    before = wire.rows(sql)
+    # What the room has already is no change.
+    client.send(updates_of(client.doc))
+    assert client.ack()["type"] == "crdt-update-ack"
+    assert wire.rows(sql) == before
 
 
 def test_joins_parameters_and_copies(wire: Wire, client: Client) -> None:

@@ -34,11 +34,12 @@ class Documents:
         ``base64_ones`` are the numbers of those that are still text.
         """
         document = self._documents[name]
+        texts = frozenset(base64_ones)
         updates: list[tuple[int, bytes]] = []
         refused: dict[int, tuple[str, bool]] = {}
         for number, (sender, blob) in enumerate(zip(senders, blobs, strict=True)):
             try:
-                is_text = number in base64_ones
+                is_text = number in texts
                 updates.append((sender, decoded(bytes(blob)) if is_text else bytes(blob)))
             except Refused as error:
                 refused[number] = (str(error), False)
