@@ -37,6 +37,13 @@ def client(rooms: LocalServer) -> Iterator[Callable[..., Client]]:
         yield lambda room="r", doc=None: Client(stack.enter_context(rooms.connect()), room, doc)
 
 
+def await_that(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 ACK = {"type": "crdt-update-ack", "roomId": "r"}
 
 
@@ -437,8 +444,7 @@ def test_rooms_without_members_leave_the_memory(launch: Callable[..., LocalServe
             wire.send(type="crdt-leave", roomId=again.room)
             assert again.ack()["type"] == "crdt-left"
         entries = server.server.rooms._entries  # type: ignore[union-attr]
-        while entries:
-            time.sleep(0.01)
+        await_that(lambda: not entries)
 
 
 def test_a_process_that_is_killed(client: Callable[..., Client], rooms: LocalServer) -> None:
@@ -503,8 +509,8 @@ def test_a_large_room_stalls_nobody(launch: Callable[..., LocalServer]) -> None:
         thread.join()
         assert large.ack() == {"type": "crdt-snapshot-ack", "roomId": "large"}
         assert len(times) > 20
-        # The client on the same interpreter takes some of it.
-        assert max(times) < 1.0
+        # Nobody waited for most of it. The client on the same interpreter takes some of it.
+        assert max(times) < sum(times) / 2
 
 
 def test_a_member_that_does_not_read(launch: Callable[..., LocalServer]) -> None:
@@ -530,8 +536,7 @@ def test_members_leave_with_their_connection(
     one = client()
     one.join()
     feature: Any = rooms.server.rooms
-    while rooms.server.connections.count() > 1:
-        pass
+    await_that(lambda: rooms.server.connections.count() == 1)
     one.write("a", 1)
     assert [len(entry.members) for entry in feature._entries.values()].count(1) == 1
     assert sum(len(entry.members) for entry in feature._entries.values()) == 1
