@@ -150,7 +150,7 @@ def test_many_rooms_and_connections(run: Callable[..., ServerProcess]) -> None:
         assert values_of(server, name)["n"] >= number
 
 
-def test_a_torn_tail(run: Callable[..., ServerProcess], path: Path, tmp_path: Path) -> None:
+def test_a_torn_tail(run: Callable[..., ServerProcess], tmp_path: Path) -> None:
     server = run()
     with server.connect() as wire:
         client = Client(wire)
@@ -337,7 +337,7 @@ def test_files_that_are_not_ours(path: Path, tmp_path: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rooms")]
 
 
-def test_without_loro(tmp_path: Path) -> None:
+def test_without_loro() -> None:
     script = (
         "import sys, importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'loro' else find(name, *a)\n"

@@ -22,11 +22,11 @@ class Documents:
         self._documents: dict[str, Document] = {}
 
     def load(self, name: str, is_plain: bool, *blobs: Blob) -> Reply:
-        """Snapshot, then updates -> version, and why some of the updates cannot be read."""
+        """Snapshot, then updates -> why some of the updates cannot be read."""
         document = Document(is_plain)
         unreadable = document.load(bytes(blobs[0]), [bytes(blob) for blob in blobs[1:]])
         self._documents[name] = document
-        return (unreadable,), [document.version]
+        return (unreadable,), []
 
     def apply(self, name: str, senders: list[int], base64_ones: list[int], *blobs: Blob) -> Reply:
         """Updates and their senders -> statuses, and what is new.
