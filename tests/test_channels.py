@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -52,6 +53,22 @@ def test_each_subscriber_and_the_sender_once(connect: Callable[[], Wire]) -> Non
     one.send(type="notify", channel="c", payload="mine")
     assert [one.receive(), one.receive()] == [said("mine"), ack()]
     assert two.receive() == said("mine")
+
+
+def test_what_is_said_is_what_it_was_then(server: LocalServer, wire: Wire) -> None:
+    subscribe(wire, recover=True)
+    may_go_on = threading.Event()
+
+    def hold() -> None:
+        assert may_go_on.wait(DEADLINE)
+
+    # The loop takes it up when the program has changed it already.
+    server.server._transport.post(hold)
+    payload = {"a": 1}
+    server.server.channels.publish("c", payload)
+    payload["a"] = 2
+    may_go_on.set()
+    assert wire.receive()["payload"] == {"a": 1}
 
 
 def test_others_hear_nothing(connect: Callable[[], Wire]) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from sqlrooms_server.db.room_macros import wanted_rooms
 from sqlrooms_server.db.room_store import Line
+from sqlrooms_server.errors import Busy
+from sqlrooms_server.features import room_queries
+from sqlrooms_server.rooms.room import Document
 from tests.conftest import LocalServer
-from tests.loro_client import Client
+from tests.loro_client import Client, updates_of
 from tests.wire import Wire
 
 
@@ -50,6 +54,16 @@ def test_a_row_or_none(wire: Wire, client: Client) -> None:
     (listed,) = wire.rows("select * from rooms()")
     assert listed["room_id"] == "plan"
     assert listed["bytes"] > 0
+
+
+def test_when_it_changed(wire: Wire, client: Client) -> None:
+    client.write("a", 1)
+    sql = "select updated_at from room('plan')"
+    before = wire.rows(sql)
+    # What the room has already is no change.
+    client.send(updates_of(client.doc))
+    assert client.ack()["type"] == "crdt-update-ack"
+    assert wire.rows(sql) == before
 
 
 def test_joins_parameters_and_copies(wire: Wire, client: Client) -> None:
@@ -113,6 +127,54 @@ def test_a_function_of_the_same_name_wins(wire: Wire, client: Client) -> None:
     assert documents(wire, session="s") == [{"mine": 1}]
     wire.exec("drop macro table room")
     assert documents(wire) == [{"m": {"a": 1}}]
+
+
+def test_a_function_of_a_session_wins(wire: Wire, client: Client) -> None:
+    client.write("a", 1)
+    mine = "create or replace temp macro room(n) as table select '{\"mine\": 1}' as document"
+    for session in ("s", "t"):
+        if session == "s":
+            assert documents(wire, session=session) == [{"m": {"a": 1}}]
+        wire.request(type="exec", sql=mine, queryId=1, session=session)
+        for _ in range(2):
+            assert documents(wire, session=session) == [{"mine": 1}]
+    # One that is no table takes no place.
+    wire.exec("create macro room(n) as 5")
+    sql = "select document from room('plan') where room(1) = 5"
+    for options in ({}, {"session": "u"}):
+        assert documents(wire, sql, **options) == [{"m": {"a": 1}}]
+
+
+def test_documents_that_are_too_large_together(
+    wire: Wire, server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        with server.connect() as other:
+            one = Client(other, name)
+            one.join()
+            one.write("text", "x" * 1000)
+    size = len(json.dumps({"m": {"text": "x" * 1000}}))
+    monkeypatch.setattr(room_queries, "_MAX_BYTES", 2 * size)
+    assert len(documents(wire, "from room('a') union all from room('b')")) == 2
+    sql = "select document from room('a'), room('b'), room('c')"
+    error = wire.request(type="json", sql=sql, queryId=1)
+    assert (error["code"], str(3 * size) in error["error"]) == ("too_large", True)
+
+
+def test_what_is_too_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room_queries, "_MAX_BYTES", 25)
+    requests, resumed = Mock(), Mock()
+    reading = room_queries._Reading(resumed, requests, 5)
+    kept = []
+    for name in "abcd":
+        reading.add(Document(name, bytes(10), 0))
+        kept.append(len(reading.documents))
+    assert kept == [1, 2, 0, 0]
+    assert not reading.is_over
+    reading.add(Busy("no"))
+    assert reading.is_over
+    assert (reading.size, str(reading.error)) == (40, "no")
+    requests.post.assert_called_once_with(resumed.resume)
 
 
 def test_a_room_that_cannot_be_read(server: LocalServer, wire: Wire, client: Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import random
 import signal
@@ -17,6 +18,8 @@ import pytest
 from loro import EphemeralStore, ExportMode, VersionVector
 
 from sqlrooms_server.db.room_store import Line
+from sqlrooms_server.messages import RoomSnapshot
+from sqlrooms_server.protocol import Limits, decode
 from tests.conftest import LocalServer
 from tests.loro_client import EMPTY, Client, encoded, large_document, updates_of
 from tests.wire import DEADLINE, Wire
@@ -33,6 +36,13 @@ def client(rooms: LocalServer) -> Iterator[Callable[..., Client]]:
     """Makes clients of ``rooms``, which did not join yet."""
     with ExitStack() as stack:
         yield lambda room="r", doc=None: Client(stack.enter_context(rooms.connect()), room, doc)
+
+
+def await_that(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 ACK = {"type": "crdt-update-ack", "roomId": "r"}
@@ -245,6 +255,17 @@ def test_bad_messages(client: Callable[..., Client], fields: dict[str, Any]) -> 
     error = one.wire.request(**fields)
     assert (error["type"], error["code"]) == ("error", "bad_request")
     one.join()
+
+
+@pytest.mark.parametrize("more", [{}, {"at": "now"}])
+@pytest.mark.parametrize("slash", ["/", "\\/"])
+def test_large_snapshots_in_any_writing(more: dict[str, str], slash: str) -> None:
+    data = "/+AB" * 20_000
+    text = json.dumps({"type": "crdt-snapshot", "roomId": "r", "data": data, **more})
+    limits = Limits(max_message_size=1 << 20, max_sql_length=1 << 20)
+    message = decode(text.replace("/", slash).encode(), is_text=True, limits=limits)
+    assert isinstance(message, RoomSnapshot)
+    assert (message.room, bytes(message.data)) == ("r", data.encode())
 
 
 def test_several_rooms_of_one_connection(client: Callable[..., Client]) -> None:
@@ -506,8 +527,7 @@ def test_rooms_without_members_leave_the_memory(launch: Callable[..., LocalServe
             wire.send(type="crdt-leave", roomId=again.room)
             assert again.ack()["type"] == "crdt-left"
         entries = server.server.rooms._entries  # type: ignore[union-attr]
-        while entries:
-            time.sleep(0.01)
+        await_that(lambda: not entries)
 
 
 def test_a_process_that_is_killed(client: Callable[..., Client], rooms: LocalServer) -> None:
@@ -572,8 +592,8 @@ def test_a_large_room_stalls_nobody(launch: Callable[..., LocalServer]) -> None:
         thread.join()
         assert large.ack() == {"type": "crdt-snapshot-ack", "roomId": "large"}
         assert len(times) > 20
-        # The client on the same interpreter takes some of it.
-        assert max(times) < 1.0
+        # Nobody waited for most of it. The client on the same interpreter takes some of it.
+        assert max(times) < sum(times) / 2
 
 
 def test_a_member_that_does_not_read(launch: Callable[..., LocalServer]) -> None:
@@ -599,8 +619,7 @@ def test_members_leave_with_their_connection(
     one = client()
     one.join()
     feature: Any = rooms.server.rooms
-    while rooms.server.connections.count() > 1:
-        pass
+    await_that(lambda: rooms.server.connections.count() == 1)
     one.write("a", 1)
     assert [len(entry.members) for entry in feature._entries.values()].count(1) == 1
     assert sum(len(entry.members) for entry in feature._entries.values()) == 1

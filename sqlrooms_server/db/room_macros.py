@@ -19,6 +19,7 @@ from sqlrooms_server.messages import Params
 
 _CALL = re.compile(r"\brooms?\s*\(", re.IGNORECASE)
 
+# The group of LITERAL_OR_COMMENT, its first, is the fourth here; chr(92) is a backslash.
 _CALL_OR_LITERAL = re.compile(
     rf"""
     (?<![\w.])(?P<function>rooms?)\s*\(\s*
@@ -41,9 +42,11 @@ _MACROS = {
     "rooms": (f"CREATE OR REPLACE TEMP MACRO rooms() AS TABLE SELECT * FROM temp.{_ALL}"),
 }
 
-_THEIRS = (
-    "SELECT count(*) FROM duckdb_functions() WHERE lower(function_name) = ? "
-    f"AND NOT (database_name = 'temp' AND contains(macro_definition, '{_ONE}'))"
+# Whether each of that name is ours. DuckDB has an empty text for functions that are no macros.
+_KNOWN = (
+    f"SELECT database_name = 'temp' AND contains(coalesce(macro_definition, ''), '{_ONE}') "
+    "FROM duckdb_functions() WHERE lower(function_name) = ? "
+    "AND function_type IN ('table', 'table_macro')"
 )
 
 
@@ -109,8 +112,9 @@ def provide(
             if is_fresh:
                 is_theirs = _is_known(native, function)
             else:
-                is_theirs = native.execute(_THEIRS, [function]).fetchall()[0][0] > 0
-                if is_theirs:
+                known = [is_ours for (is_ours,) in native.execute(_KNOWN, [function]).fetchall()]
+                is_theirs = not all(known)
+                if is_theirs and any(known):
                     native.execute(f"DROP MACRO TABLE IF EXISTS temp.{function}")
             if not is_theirs:
                 native.register(*_table(function, tables))

@@ -22,6 +22,7 @@ from sqlrooms_server.protocol import (
     encode,
     encode_reply,
     encode_said,
+    with_offset,
 )
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.timers import Timers
@@ -130,15 +131,15 @@ class Channels(Feature):
         plain = encode_said(name, payload)
         self._check_size(len(plain), name)
         if self._published.add(len(plain)):
-            self._post(self._publish, name, payload, plain, target)
+            self._post(self._publish, name, plain, target)
 
     def stop(self) -> None:
         """The loop has ended, or will: whoever publishes must not wait for it."""
         self._published.end()
 
-    def _publish(self, name: str, payload: Any, plain: bytes, to: Target | None) -> None:
+    def _publish(self, name: str, plain: bytes, to: Target | None) -> None:
         self._published.remove(len(plain))
-        self._say(name, payload, plain, to, None, b"")
+        self._say(name, plain, to, None, b"")
 
     def _subscribe(self, peer: Peer, message: Subscribe) -> None:
         self._flush()
@@ -230,12 +231,11 @@ class Channels(Feature):
             peer.send(encode_reply("notifyAck", message.query_id, **ack))
             return
         ack_message = encode_reply("notifyAck", message.query_id, **ack)
-        self._say(message.channel, message.payload, plain, None, peer, ack_message)
+        self._say(message.channel, plain, None, peer, ack_message)
 
     def _say(
         self,
         name: str,
-        payload: Any,
         plain: bytes,
         to: Target | None,
         sender: Peer | None,
@@ -244,9 +244,7 @@ class Channels(Feature):
         """Say something before this turn of the loop ends; how many hear it."""
         if to is not None:
             return self._say_to(name, plain, to)
-        channel, said = self._hub.say(
-            name, lambda offset: (plain, encode_said(name, payload, offset))
-        )
+        channel, said = self._hub.say(name, lambda offset: (plain, with_offset(plain, offset)))
         if not self._sayings:
             self._post(self._flush)
         self._sayings.append(_Saying(channel, said, sender, ack))
@@ -343,7 +341,7 @@ class Channels(Feature):
         to = as_target(wanted) if wanted else None
         if to is None and self._settings.channel_history:
             self._check_room(name, None)
-        return {"channel": name, "delivered": self._say(name, payload, plain, to, None, b"")}
+        return {"channel": name, "delivered": self._say(name, plain, to, None, b"")}
 
 
 def _refused(

@@ -44,17 +44,14 @@ class RoomReader:
         self._requests.post(self._ask, names, reading)
         while not reading.is_over:
             yield Pause.WAIT
-        for answer in reading.answers:
-            if isinstance(answer, ServerError):
-                raise type(answer)(str(answer))
-        documents = [answer for answer in reading.answers if isinstance(answer, Document)]
-        size = sum(len(document.json) for document in documents)
-        if size > _MAX_BYTES:
+        if reading.error is not None:
+            raise type(reading.error)(str(reading.error))
+        if reading.size > _MAX_BYTES:
             raise TooLarge(
-                f"The documents of these rooms have {size} bytes as JSON; a query may read "
+                f"The documents of these rooms have {reading.size} bytes as JSON; a query may read "
                 f"{_MAX_BYTES}."
             )
-        tables.documents = [(one.name, one.json, one.updated_ms) for one in documents]
+        tables.documents = [(one.name, one.json, one.updated_ms) for one in reading.documents]
         return tables
 
     def _ask(self, names: Iterable[str], reading: _Reading) -> None:
@@ -67,19 +64,31 @@ class RoomReader:
 
 
 class _Reading:
-    """The answers to one query. They come on other threads."""
+    """The answers to one query, which come on other threads.
+
+    ``size`` counts the bytes of all documents; they are kept as long as they are not too many.
+    """
 
     def __init__(self, request: Request, requests: Requests, count: int) -> None:
-        self.answers: list[Document | ServerError] = []
+        self.documents: list[Document] = []
+        self.error: ServerError | None = None
+        self.size = 0
         self.is_over = False
         self._request = request
         self._requests = requests
-        self._count = count
+        self._missing = count
         self._lock = threading.Lock()
 
     def add(self, answer: Document | ServerError) -> None:
         with self._lock:
-            self.answers.append(answer)
-            self.is_over = len(self.answers) == self._count
+            if isinstance(answer, ServerError):
+                self.error = self.error or answer
+            else:
+                self.size += len(answer.json)
+                self.documents.append(answer)
+            if self.size > _MAX_BYTES:
+                self.documents.clear()
+            self._missing -= 1
+            self.is_over = not self._missing
         if self.is_over:
             self._requests.post(self._request.resume)

@@ -18,6 +18,7 @@ from sqlrooms_server.protocol.frames import (
     encode_said,
     json_prefix,
     json_suffix,
+    with_offset,
 )
 from sqlrooms_server.protocol.names import parse_table_name, table_text
 
@@ -41,4 +42,5 @@ __all__ = [
     "json_suffix",
     "parse_table_name",
     "table_text",
+    "with_offset",
 ]

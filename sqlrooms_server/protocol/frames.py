@@ -20,15 +20,17 @@ def encode_reply(kind: str, query_id: QueryId | None, **fields: Any) -> bytes:
     return encode({**head, **fields})
 
 
-def encode_said(channel: str, payload: Any, offset: str | None = None) -> bytes:
+def encode_said(channel: str, payload: Any) -> bytes:
     """A message of a channel. Raises ``BadRequest`` for a payload that JSON cannot carry."""
-    fields = {"type": "notify", "channel": channel, "payload": payload}
-    if offset is not None:
-        fields["offset"] = offset
     try:
-        return encode(fields)
+        return encode({"type": "notify", "channel": channel, "payload": payload})
     except (ValueError, OverflowError, TypeError) as error:
         raise BadRequest(f"payload is not a JSON value: {error}.") from error
+
+
+def with_offset(said: bytes, offset: str) -> bytes:
+    """``said``, a message of :func:`encode_said`, with its offset."""
+    return said[:-1] + b"," + encode({"offset": offset})[1:]
 
 
 def encode_error(error: ServerError) -> bytes:

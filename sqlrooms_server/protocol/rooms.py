@@ -56,13 +56,19 @@ def decode_room_presence(fields: dict[str, Any]) -> RoomPresence:
 
 
 def large_snapshot(data: bytes) -> RoomSnapshot | None:
-    """The snapshot in a large text message, found without decoding it; None when it is none."""
+    """The snapshot in a large text message, found without decoding it; None when it is none, or
+    written otherwise.
+    """
     head = _SNAPSHOT_HEAD.match(data)
     tail = _SNAPSHOT_TAIL.search(data, max(0, len(data) - _TAIL_BYTES))
     if head is None or tail is None:
         return None
+    start, end = head.end(), tail.start()
+    # More fields, or slashes with a backslash before them, as some encoders write them.
+    if data.find(b'"', start, end) >= 0 or data.find(b"\\", start, end) >= 0:
+        return None
     room = room_name(decode_json(head[1], "roomId"))
-    return RoomSnapshot(room, memoryview(data)[head.end() : tail.start()])
+    return RoomSnapshot(room, memoryview(data)[start:end])
 
 
 def decode_room_update(fields: dict[str, Any], body: memoryview) -> RoomUpdate:

@@ -61,7 +61,8 @@ class Child:
         self._deadline = time.monotonic() + _START_SECONDS
         ours, theirs = socket.socketpair()
         limit = memory + _BEYOND_BYTES if memory else 0
-        with theirs:
+        with contextlib.ExitStack() as undo, theirs:
+            undo.callback(ours.close)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _MODULE, str(theirs.fileno()), str(limit)],
                 stdin=subprocess.DEVNULL,
@@ -71,6 +72,7 @@ class Child:
                 pass_fds=(theirs.fileno(),),
                 env={**os.environ, "PYTHONPATH": _paths()},
             )
+            undo.pop_all()
         self._socket = ours
         self._socket.settimeout(_LOOK_SECONDS)
         self._pipe = Pipe(ours, self._look)

@@ -54,7 +54,7 @@ def run(room: Room, items: Sequence[Any], keeping: Keeping, tell: Tell) -> None:
             _read(room, item, keeping)
             return
     except RefusedByLoro as error:
-        outcome = Failed(room, [item], BadRequest(str(error)))
+        outcome = Failed(room, list(items), BadRequest(str(error)))
     _tell_stored(room, (), outcome, keeping, tell)
 
 
@@ -104,6 +104,8 @@ def _apply(room: Room, items: Sequence[Update], keeping: Keeping, tell: Tell) ->
     ]
     pending = rest[len(senders) :]
     outcome = Applied(room, list(items), statuses, delta, parts)
+    if delta or pending:
+        room.updated_ms = int(time.time() * 1000)
     if is_whole or len(delta) > LARGE_BYTES:
         # Written once, as a snapshot in parts, and with other rooms in between.
         keeping.compact(room, wait=True)
@@ -163,7 +165,6 @@ def _note(room: Room, stored: Sequence[Blob]) -> None:
             room.log_since = time.monotonic()
         room.log_rows += len(stored)
         room.log_bytes += sum(map(len, stored))
-    room.updated_ms = int(time.time() * 1000)
 
 
 def _join(room: Room, item: Join, keeping: Keeping) -> Joined:

@@ -70,7 +70,8 @@ class Driver:
     @property
     def pid(self) -> int | None:
         """The process, when there is one."""
-        return None if self._child is None else self._child.pid
+        child = self._child
+        return None if child is None else child.pid
 
     def schedule(self, room: Room) -> None:
         """``room`` has something to do. The caller holds the lock of the pool."""
@@ -89,8 +90,9 @@ class Driver:
         if self._thread.is_alive():
             with self._pool.lock:
                 self._waiting.clear()
-            if self._child is not None:
-                self._child.kill()
+            child = self._child
+            if child is not None:
+                child.kill()
             self._thread.join(0.2)
 
     def ask(self, *fields: Any, blobs: Any = ()) -> tuple[tuple[Any, ...], list[Any]]:
@@ -121,8 +123,9 @@ class Driver:
             if time.monotonic() - looked > interval:
                 looked = time.monotonic()
                 self._guarded(self._look_after)
-        if self._child is not None:
-            self._child.close()
+        child, self._child = self._child, None
+        if child is not None:
+            child.close()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:

@@ -84,7 +84,7 @@ class Keeping:
             updates.insert(0, stored.pending)
             seqs.insert(0, 0)
         try:
-            (unreadable,), (version,) = self.ask(
+            (unreadable,), () = self.ask(
                 "load", room.name, room.is_plain, blobs=[stored.snapshot, *updates]
             )
         except RefusedByLoro as error:
@@ -101,9 +101,9 @@ class Keeping:
             for number, reason in unreadable.items():
                 if seqs[number]:
                     self.store.set_aside(room.name, [seqs[number]], reason)
-        self._loaded(room, stored, version)
+        self._loaded(room, stored)
 
-    def _loaded(self, room: Room, stored: Stored, version: bytes) -> None:
+    def _loaded(self, room: Room, stored: Stored) -> None:
         room.is_loaded = True
         room.line = Line()
         room.size = len(stored.snapshot) + len(stored.pending)

@@ -80,9 +80,13 @@ class Pool:
         """Do what waits, and end the processes by ``deadline`` (``time.monotonic``)."""
         with self.lock:
             self._is_closed = True
-            for driver in self._drivers():
+            self._small.close()
+        self._small.join(deadline)
+        # After it: what waits there may be for a room that moves to one of these.
+        with self.lock:
+            for driver in self._large:
                 driver.close()
-        for driver in self._drivers():
+        for driver in self._large:
             driver.join(deadline)
         if not self.store.flush(max(0.0, deadline - time.monotonic())):
             return

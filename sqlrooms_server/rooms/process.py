@@ -22,11 +22,11 @@ class Documents:
         self._documents: dict[str, Document] = {}
 
     def load(self, name: str, is_plain: bool, *blobs: Blob) -> Reply:
-        """Snapshot, then updates -> version, and why some of the updates cannot be read."""
+        """Snapshot, then updates -> why some of the updates cannot be read."""
         document = Document(is_plain)
         unreadable = document.load(bytes(blobs[0]), [bytes(blob) for blob in blobs[1:]])
         self._documents[name] = document
-        return (unreadable,), [document.version]
+        return (unreadable,), []
 
     def apply(
         self, name: str, senders: list[int], base64_ones: list[int], space: int, *blobs: Blob
@@ -37,11 +37,12 @@ class Documents:
         have ``space`` bytes.
         """
         document = self._documents[name]
+        texts = frozenset(base64_ones)
         updates: list[tuple[int, bytes]] = []
         refused: dict[int, tuple[str, str]] = {}
         for number, (sender, blob) in enumerate(zip(senders, blobs, strict=True)):
             try:
-                is_text = number in base64_ones
+                is_text = number in texts
                 updates.append((sender, decoded(bytes(blob)) if is_text else bytes(blob)))
             except Refused as error:
                 refused[number] = (str(error), error.code)

@@ -72,7 +72,7 @@ class Presence(Item):
 
 @dataclass
 class Read(Item):
-    """Ask for the document as JSON; ``tell`` gets it, or the error, on the thread of the store."""
+    """Ask for the document as JSON; ``tell`` gets it, or the error, on any thread."""
 
     tell: Callable[[Document | ServerError], None]
 
