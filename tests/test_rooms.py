@@ -341,6 +341,26 @@ def test_pending(client: Callable[..., Client]) -> None:
         assert member.values == {"a": 1, "b": 2}
 
 
+def test_pending_that_somebody_else_unlocks(client: Callable[..., Client]) -> None:
+    """Who sends what was missing gets what waited for it."""
+    one, two, three = client(), client(), client()
+    one.join_with_version(), two.join(), three.join()
+    first, second = one.change("a", 1), one.change("b", 2)
+    one.send_framed(second)
+    assert one.next() == {**ACK, "status": "pending"}
+    two.doc.import_(first)
+    two.send(first)
+    assert two.next() == ACK
+    for member in (two, three):
+        member.await_value("b", 2)
+        assert member.values == {"a": 1, "b": 2}
+    # What comes by itself goes to the others only.
+    two.send(two.change("c", 3))
+    assert two.next() == ACK
+    two.wire.send(type="hello")
+    assert two.next()["type"] == "welcome"
+
+
 def test_acks_of_a_burst(client: Callable[..., Client]) -> None:
     one = client()
     one.join_with_version()

@@ -94,6 +94,8 @@ class Document:
         # several times as fast.
         self._is_behind = False
         self._presence: EphemeralStore | None = None
+        # Whether updates may wait for others.
+        self._has_pending = False
 
     @property
     def version(self) -> bytes:
@@ -116,7 +118,8 @@ class Document:
         unreadable: dict[int, str] = {}
         for number, update in enumerate(updates):
             try:
-                self._import(bytes(update))
+                status = self._import(bytes(update))
+                self._has_pending = self._has_pending or status.pending is not None
             except Refused as error:
                 unreadable[number] = str(error)
         self._follow_log()
@@ -131,12 +134,15 @@ class Document:
         applied = Applied()
         for sender, run in itertools.groupby(updates, key=operator.itemgetter(0)):
             since = self._doc.oplog_vv
+            known = self._doc.oplog_vv
             for _, update in run:
-                status, used = self._take(update, applied, space)
+                status, used = self._take(update, applied, known, space)
                 applied.statuses.append(status)
                 space -= used
             if self._doc.oplog_vv != since and not applied.is_whole:
-                applied.parts.append((sender, self._since(since)))
+                # With what waited for it, the sender needs it, too.
+                is_own = not self._has_pending or known.includes_vv(self._doc.oplog_vv)
+                applied.parts.append((sender if is_own else NOBODY, self._since(since)))
         self._follow_log()
         if self._doc.oplog_vv == before:
             return applied
@@ -155,9 +161,12 @@ class Document:
         return applied
 
     def _take(
-        self, update: bytes, applied: Applied, space: int
+        self, update: bytes, applied: Applied, known: VersionVector, space: int
     ) -> tuple[str | tuple[str, str], int]:
-        """Import into the log; the status, and how much of ``space`` that takes."""
+        """Import into the log; the status, and how much of ``space`` that takes.
+
+        ``known``, what the sender has, grows with it.
+        """
         used = 0
         try:
             if update[_MODE] != _UPDATES:
@@ -165,6 +174,13 @@ class Document:
                 used = len(update)
                 applied.is_whole = applied.is_whole or is_whole
             status = self._import(update)
+            if status.pending is not None and not self._has_pending:
+                self._has_pending = True
+                known.merge(self._doc.oplog_vv)
+            if self._has_pending:
+                meta = _guarded(lambda: LoroDoc.decode_import_blob_meta(update, False))
+                if known.includes_vv(meta.partial_start_vv):
+                    known.merge(meta.partial_end_vv)
         except Refused as error:
             return (str(error), error.code), used
         if status.pending is None:
