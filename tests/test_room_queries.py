@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from loro import LoroMap
 
 from sqlrooms_server.db.room_macros import wanted_rooms
 from sqlrooms_server.db.room_store import Line
@@ -187,6 +188,22 @@ def test_a_room_that_cannot_be_read(server: LocalServer, wire: Wire, client: Cli
     assert (error["type"], error["code"], error["queryId"]) == ("error", "internal", "j")
     assert "because" in error["error"]
     assert documents(wire) == [{"m": {"a": 1}}]
+
+
+def test_a_room_that_is_nested_deeply(server: LocalServer, wire: Wire, client: Client) -> None:
+    one = client.doc.get_map("m")
+    for _ in range(900):
+        one = one.insert_container("m", LoroMap())
+    client.doc.commit()
+    client.write("a", 1)
+    client.send(updates_of(client.doc))
+    assert client.ack()["type"] == "crdt-update-ack"
+    pids = server.server.rooms.pool.pids  # type: ignore[union-attr]
+    error = wire.request(type="json", sql="from room('plan')", queryId="j")
+    assert (error["type"], error["code"], error["queryId"]) == ("error", "bad_request", "j")
+    assert "nested too deeply" in error["error"]
+    assert server.server.rooms.pool.pids == pids  # type: ignore[union-attr]
+    client.write("a", 2)
 
 
 def test_without_sync(launch: Callable[..., LocalServer]) -> None:

@@ -233,8 +233,11 @@ class Document:
             raise Broken(str(error)) from error
 
     def json(self) -> str:
-        """What the document holds, as JSON."""
-        return json.dumps(_plain(_guarded(self._doc.get_deep_value)), ensure_ascii=False)
+        """What the document holds, as JSON. Raises ``Refused``."""
+        try:
+            return json.dumps(_plain(_guarded(self._doc.get_deep_value)), ensure_ascii=False)
+        except RecursionError as error:
+            raise Refused("The document is nested too deeply to be read as JSON.") from error
 
     def tell_presence(self, data: bytes) -> None:
         """Note who is where. Raises ``Refused``."""
@@ -332,7 +335,7 @@ def _guarded(call: Callable[[], T]) -> T:
     """What ``call`` returns; errors of Loro as ``Refused``, panics as ``Broken``."""
     try:
         return call()
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, RecursionError):
         raise
     except BaseException as error:  # guard: Loro raises the base class itself
         text = str(error)
