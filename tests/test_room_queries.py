@@ -190,6 +190,13 @@ def test_a_room_that_cannot_be_read(server: LocalServer, wire: Wire, client: Cli
     assert documents(wire) == [{"m": {"a": 1}}]
 
 
+def test_nothing_waits_after_a_query(server: LocalServer, wire: Wire, client: Client) -> None:
+    client.write("a", 1)
+    assert documents(wire) == [{"m": {"a": 1}}]
+    feature: Any = server.server.rooms
+    assert feature._entries["plan"].room.waiting_bytes == 0
+
+
 def test_a_room_that_is_nested_deeply(server: LocalServer, wire: Wire, client: Client) -> None:
     one = client.doc.get_map("m")
     for _ in range(900):

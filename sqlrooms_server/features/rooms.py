@@ -32,6 +32,7 @@ from sqlrooms_server.peer import Peer
 from sqlrooms_server.protocol import encode
 from sqlrooms_server.rooms.pool import Pool
 from sqlrooms_server.rooms.room import (
+    Answered,
     Applied,
     Failed,
     Item,
@@ -84,6 +85,7 @@ class Rooms(Feature):
             Joined: self._joined,
             Left: self._left,
             Told: self._told,
+            Answered: lambda outcome: None,
             Failed: self._failed,
             Unloaded: self._unloaded,
         }

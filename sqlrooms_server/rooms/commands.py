@@ -11,6 +11,7 @@ from sqlrooms_server.errors import BadRequest, Gone, InternalError, ServerError,
 from sqlrooms_server.rooms.child import RefusedByLoro
 from sqlrooms_server.rooms.keeping import LARGE_BYTES, Keeping
 from sqlrooms_server.rooms.room import (
+    Answered,
     Applied,
     Document,
     Failed,
@@ -51,7 +52,7 @@ def run(room: Room, items: Sequence[Any], keeping: Keeping, tell: Tell) -> None:
             outcome = Told(room, [item])
         else:
             assert isinstance(item, Read)
-            _read(room, item, keeping)
+            _read(room, item, keeping, tell)
             return
     except RefusedByLoro as error:
         outcome = Failed(room, list(items), BadRequest(str(error)))
@@ -179,11 +180,12 @@ def _join(room: Room, item: Join, keeping: Keeping) -> Joined:
     return Joined(room, [item], bytes(version), "snapshot", room.base, since)
 
 
-def _read(room: Room, item: Read, keeping: Keeping) -> None:
+def _read(room: Room, item: Read, keeping: Keeping, tell: Tell) -> None:
     (), (json,) = keeping.ask("json", room.name)
     document = Document(room.name, bytes(json), room.updated_ms)
 
     def done(error: BaseException | None) -> None:
+        tell(Answered(room, [item]))
         item.tell(document if error is None else _not_stored(room, error))
 
     keeping.store.append(room.name, (), room.line, done)

@@ -138,6 +138,11 @@ class Told(Outcome):
 
 
 @dataclass
+class Answered(Outcome):
+    """A document was read; whoever asked for it has it."""
+
+
+@dataclass
 class Unloaded(Outcome):
     pass
 
