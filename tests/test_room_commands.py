@@ -31,7 +31,7 @@ class Store:
 )
 def test_all_that_is_refused_is_told(items: list[Item]) -> None:
     def ask(*fields: Any, blobs: Any = ()) -> Any:
-        raise RefusedByLoro("no", is_outdated=False)
+        raise RefusedByLoro("no")
 
     limits = RoomLimits(max_size=1000, memory=0, history=0, idle_seconds=1)
     keeping = Keeping(cast(Any, Store()), limits, ask)
