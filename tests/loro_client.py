@@ -114,13 +114,13 @@ def updates_of(doc: Any) -> bytes:
     return bytes(doc.export(ExportMode.Updates(VersionVector())))
 
 
-def large_document(size: int) -> Any:
+def large_document(size: int, seed: int = 0) -> Any:
     """A document whose snapshot has about ``size`` bytes, quickly made and not to be compressed.
 
     It holds each value twice: in the history, and in the present state.
     """
     doc = LoroDoc()
-    values = doc.get_map("large")
+    values = doc.get_map(f"large {seed}" if seed else "large")
     part = 256 << 10
     for number in range(max(1, size // part // 2)):
         values.insert(str(number), number.to_bytes(4, "big") + _noise(part, number))

@@ -16,7 +16,7 @@ from sqlrooms_server.errors import Busy
 from sqlrooms_server.features import room_queries
 from sqlrooms_server.rooms.room import Document
 from tests.conftest import LocalServer
-from tests.loro_client import Client, updates_of
+from tests.loro_client import Client, large_document, updates_of
 from tests.wire import Wire
 
 
@@ -65,6 +65,18 @@ def test_when_it_changed(wire: Wire, client: Client) -> None:
     client.send(updates_of(client.doc))
     assert client.ack()["type"] == "crdt-update-ack"
     assert wire.rows(sql) == before
+
+
+def test_when_a_large_one_changed(server: LocalServer, wire: Wire, client: Client) -> None:
+    """What is written as a snapshot has no row in the log that says when."""
+    times = []
+    for number in range(2):
+        client.doc.import_(updates_of(large_document(6 << 20, seed=number)))
+        client.send_snapshot()
+        assert client.ack()["type"] == "crdt-snapshot-ack"
+        (row,) = wire.rows("select updated_at from rooms()")
+        times.append(row["updated_at"])
+    assert times[0] < times[1]
 
 
 def test_joins_parameters_and_copies(wire: Wire, client: Client) -> None:

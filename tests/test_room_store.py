@@ -362,7 +362,7 @@ def test_a_store_that_is_cut_off_while_it_compacts(tmp_path: Path) -> None:
     store = RoomStore(name)
     done: list[Any] = []
     store.append("r", [b"one", b"two"], Line(), done.append)
-    store.compact("r", b"x" * (3 << 20), b"p", [], done.append)
+    store.compact("r", b"x" * (3 << 20), b"p", [], 0, done.append)
     store.append("r", [b"three"], Line(), done.append)
     assert store.flush(DEADLINE)
     while len(done) < 3:

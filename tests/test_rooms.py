@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 from loro import EphemeralStore, ExportMode, VersionVector
+from websockets.exceptions import ConnectionClosed
 
 from sqlrooms_server.db.room_store import Line
 from sqlrooms_server.messages import RoomSnapshot
@@ -441,12 +443,43 @@ def test_limits(launch: Callable[..., LocalServer]) -> None:
         one.write("y", os.urandom(800).hex())
         one.send(one.change("z", os.urandom(800).hex()))
         refused(one.next(), "too_large", "--max-room-size", "a")
-        for _ in range(20):
-            two.send(b"loro")
-        answers = [two.next() for _ in range(20)]
+        # Whoever speaks the second part is told, the others are closed: they connect again.
+        two.join_with_version()
+        for number in range(20):
+            two.send_framed(b"no update", id=number)
+        answers: list[Any] = []
+        while sum(answer.get("count", 1) for answer in answers) < 20:
+            answers.append(two.next())
         busy = [answer for answer in answers if answer["code"] == "busy"]
         assert 5 <= len(busy) <= 10
-        refused(busy[0], "busy", "--update-rate", "b")
+        assert "--update-rate" in busy[0]["error"]
+        with contextlib.suppress(ConnectionClosed):
+            for _ in range(20):
+                one.send(b"loro no update")
+        codes = []
+        with pytest.raises(ConnectionClosed) as closed:
+            while True:
+                codes.append(one.next()["code"])
+        assert "busy" in codes
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1013
+
+
+def test_joins_whose_answers_nobody_awaits(client: Callable[..., Client]) -> None:
+    one = client()
+    for _ in range(300):
+        one.wire.send(type="crdt-join", roomId="r", version="")
+    joined = refused = 0
+    while joined + refused < 300:
+        reply = one.next()
+        if isinstance(reply, tuple):
+            continue
+        if reply["type"] == "crdt-joined":
+            joined += 1
+        else:
+            refused += 1
+            assert reply["code"] == "busy"
+    assert joined >= 32
 
 
 def test_snapshots_count_with_what_is_new_in_them(launch: Callable[..., LocalServer]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import duckdb
 
 from sqlrooms_server.db import room_files
-from sqlrooms_server.db.room_writer import Append, Blob, Line, RoomWriter, Task
+from sqlrooms_server.db.room_writer import Append, Blob, Line, RoomWriter, Snapshot, Task
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +72,17 @@ class RoomStore:
         snapshot: Blob,
         pending: bytes,
         marks: list[Any],
+        updated_ms: int,
         done: Callable[[BaseException | None], None],
     ) -> None:
-        """Let a snapshot take the place of what was stored of ``room`` before this call."""
+        """Let a snapshot take the place of what was stored of ``room`` before this call.
+
+        ``updated_ms`` is when the document last changed, in milliseconds since 1970.
+        """
+        written = Snapshot(room, snapshot, pending, marks, updated_ms)
 
         def begin(upto: int) -> Iterator[None]:
-            return self._writer.write_snapshot(room, snapshot, pending, marks, upto)
+            return self._writer.write_snapshot(written, upto)
 
         self._writer.put(Task(begin, done))
 
@@ -152,7 +158,7 @@ class RoomStore:
                 failures.append(error)
 
         for room, snapshot in rooms:
-            self.compact(room, snapshot, b"", [], done)
+            self.compact(room, snapshot, b"", [], int(time.time() * 1000), done)
         ended = threading.Event()
         self._writer.put(Task(lambda _: iter(()), lambda _: ended.set()))
         ended.wait()

@@ -55,6 +55,17 @@ class Append:
         return sum(map(len, self.updates))
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What takes the place of a log; see :meth:`RoomStore.compact`."""
+
+    room: str
+    data: Blob
+    pending: bytes
+    marks: list[Any]
+    updated_ms: int
+
+
 @dataclass
 class Task:
     """Something else to write. Each step is one transaction.
@@ -202,18 +213,17 @@ class RoomWriter:
         tasks.popleft()
         task.done(error)
 
-    def write_snapshot(
-        self, room: str, snapshot: Blob, pending: bytes, marks: list[Any], upto: int
-    ) -> Iterator[None]:
+    def write_snapshot(self, snapshot: Snapshot, upto: int) -> Iterator[None]:
         self._generation += 1
         generation = self._generation
-        view = memoryview(snapshot)
+        view = memoryview(snapshot.data)
         parts = [bytes(view[n : n + _PART_BYTES]) for n in range(0, len(view), _PART_BYTES)]
+        room = snapshot.room
 
         def end() -> None:
             # The last part with what makes it count: of a small snapshot, all in one transaction.
             self._insert_part(room, generation, len(parts) - 1, parts[-1] if parts else b"")
-            self._end_snapshot(room, generation, len(view), pending, marks, upto)
+            self._end_snapshot(snapshot, generation, upto)
 
         for number, part in enumerate(parts[:-1]):
             self._transaction(functools.partial(self._insert_part, room, generation, number, part))
@@ -225,21 +235,20 @@ class RoomWriter:
             "INSERT INTO parts VALUES (?, ?, ?, ?)", [room, generation, number, part]
         )
 
-    def _end_snapshot(
-        self, room: str, generation: int, size: int, pending: bytes, marks: list[Any], upto: int
-    ) -> None:
-        writer = self.native
-        rows = writer.execute(
-            "SELECT greatest(max(updated_ms), (SELECT max(at_ms) FROM log WHERE room_id = $1)) "
-            "FROM rooms WHERE room_id = $1",
-            [room],
-        ).fetchall()
-        updated = rows[0][0] or int(time.time() * 1000)
+    def _end_snapshot(self, snapshot: Snapshot, generation: int, upto: int) -> None:
+        writer, room = self.native, snapshot.room
         writer.execute("DELETE FROM parts WHERE room_id = ? AND generation < ?", [room, generation])
         writer.execute("DELETE FROM rooms WHERE room_id = ?", [room])
         writer.execute(
             "INSERT INTO rooms VALUES (?, ?, ?, ?, ?, ?)",
-            [room, updated, generation, size, pending, json.dumps(marks)],
+            [
+                room,
+                snapshot.updated_ms,
+                generation,
+                len(snapshot.data),
+                snapshot.pending,
+                json.dumps(snapshot.marks),
+            ],
         )
         writer.execute("DELETE FROM log WHERE room_id = ? AND seq <= ?", [room, upto])
         self.known.add(room)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlrooms_server.errors import QueryId, ServerError
+from sqlrooms_server.errors import Busy, QueryId, ServerError
 from sqlrooms_server.features.membership import Member
 from sqlrooms_server.protocol import encode
 from sqlrooms_server.rooms.room import Update
@@ -43,6 +43,10 @@ def acknowledge(items: Sequence[Update], statuses: Sequence[str | ServerError]) 
         _add_ack(acks.setdefault(item.client, []), item, status)
     for member, fields in acks.items():
         member.peer.send_all([encode(ack) for ack in fields])
+        is_busy = any(ack["type"] == "error" and ack["code"] == Busy.code for ack in fields)
+        if is_busy and not member.has_versions:
+            # The published connector ignores errors, but sends all it has when it connects again.
+            member.peer.close(1013, "What was sent to a room was not stored; connect again.")
 
 
 def _add_ack(acks: list[dict[str, Any]], item: Update, status: str | ServerError) -> None:

@@ -59,11 +59,17 @@ _ITEM_BYTES = 300
 
 MAX_PRESENCE_BYTES = 64 << 10
 
+# Joins and leaves of one connection and one room that are not answered yet. None of them is large,
+# but the answers are.
+_MAX_ASKED = 32
+
 
 @dataclass(eq=False)
 class _Entry:
     room: Room
     members: dict[Peer, Member] = field(default_factory=dict)
+    # It is to leave the memory.
+    is_ending: bool = False
 
 
 class Rooms(Feature):
@@ -130,6 +136,7 @@ class Rooms(Feature):
             member = mine[name] = Member(peer, name, self._settings.max_queued_bytes)
             entry.members[peer] = member
             entry.room.members = len(entry.members)
+        self._check_asked(member)
         member.is_in = True
         self._put(self._entries[name], Join(member, message.version))
         member.asked += 1
@@ -139,9 +146,15 @@ class Rooms(Feature):
         if member is None:
             peer.send(encode({"type": "crdt-left", "roomId": message.room}))
             return
+        self._check_asked(member)
         member.is_in = False
         self._put(self._entries[message.room], Leave(member))
         member.asked += 1
+
+    def _check_asked(self, member: Member) -> None:
+        if member.asked >= _MAX_ASKED:
+            text = f"{member.asked} joins and leaves of this connection wait to be answered."
+            self._refuse(member.room, Busy(text))
 
     def _update(self, peer: Peer, message: RoomUpdate) -> None:
         if message.room is None:
@@ -225,7 +238,9 @@ class Rooms(Feature):
         idle = (entry for entry in self._entries.values() if not entry.members)
         found = list(itertools.islice(idle, 10))
         for entry in found:
-            self.pool.put(entry.room, Unload(None))
+            if not entry.is_ending:
+                entry.is_ending = True
+                self.pool.put(entry.room, Unload(None))
         return bool(found) and len(self._entries) < self._settings.max_rooms + 10
 
     def _put(self, entry: _Entry, item: Item) -> None:
@@ -332,6 +347,7 @@ class Rooms(Feature):
 
     def _unloaded(self, outcome: Unloaded) -> None:
         name = outcome.room.name
+        self._entries[name].is_ending = False
         if self._entries[name].room is outcome.room and self.pool.forget(outcome.room):
             del self._entries[name]
 

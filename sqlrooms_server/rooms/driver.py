@@ -253,10 +253,13 @@ class Driver:
         """What time asks for: snapshots of rooms that change seldom, and the end of idle ones."""
         now = time.monotonic()
         for room in list(self._rooms):
-            if self._waiting:
-                return
             is_idle = not room.members and now - room.last_used > self._pool.limits.idle_seconds
             if is_idle and not room.is_scheduled:
                 self._unload(room)
             elif room.is_loaded and self._keeping.should_compact(room):
                 self._compact(room)
+            else:
+                continue
+            if self._waiting:
+                # One at a time when others wait.
+                return

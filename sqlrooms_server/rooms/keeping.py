@@ -147,7 +147,7 @@ class Keeping:
                 failures.append(error)
             ended.set()
 
-        self.store.compact(room.name, snapshot, bytes(pending), room.marks, done)
+        self.store.compact(room.name, snapshot, bytes(pending), room.marks, room.updated_ms, done)
         room.size = len(snapshot) + len(pending)
         room.log_bytes = room.log_rows = 0
         room.base, room.base_version = snapshot, bytes(version)
