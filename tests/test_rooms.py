@@ -20,6 +20,7 @@ from loro import EphemeralStore, ExportMode, VersionVector
 from websockets.exceptions import ConnectionClosed
 
 from sqlrooms_server.db.room_store import Line
+from sqlrooms_server.features.membership import Member
 from sqlrooms_server.messages import RoomSnapshot
 from sqlrooms_server.protocol import Limits, decode
 from tests.conftest import LocalServer
@@ -677,6 +678,75 @@ def test_members_leave_with_their_connection(
     assert [len(entry.members) for entry in feature._entries.values()].count(1) == 1
     assert sum(len(entry.members) for entry in feature._entries.values()) == 1
     assert len(feature._of_peer) == 1
+
+
+def test_leaving_while_the_document_is_sent(client: Callable[..., Client]) -> None:
+    """What a client hears of a room comes in the order of what it asked."""
+    one, two = client(), client()
+    one.doc = large_document(4 << 20)
+    one.join()
+    one.send_snapshot()
+    assert one.ack()["type"] == "crdt-snapshot-ack"
+    for _ in range(3):
+        two.wire.send(type="crdt-join", roomId="r", version="")
+        two.wire.send(type="crdt-leave", roomId="r")
+    for _ in range(3):
+        assert two.next()["type"] == "crdt-joined"
+        assert two.next()[0] == {"type": "crdt-snapshot", "roomId": "r"}
+        assert two.next() == {"type": "crdt-left", "roomId": "r"}
+    two.join()
+    two.write("a", 1)
+
+
+def test_documents_that_wait_have_a_limit() -> None:
+    class Slow:
+        closed = 0
+
+        def stream(self, source: Any, *, is_text: bool) -> None:
+            pass
+
+        def close(self, code: int, reason: str) -> None:
+            self.closed = code
+
+    slow: Any = Slow()
+    member = Member(slow, "r", 1 << 20, lambda member: None)
+    document = bytes(2 << 20)
+    member.send_document("crdt-snapshot", document)
+    member.send_document("crdt-snapshot", document)
+    assert slow.closed == 0
+    member.send_document("crdt-snapshot", document)
+    assert slow.closed == 1013
+
+
+def test_a_join_behind_one_that_is_refused(client: Callable[..., Client]) -> None:
+    one, two = client(), client()
+    one.wire.send(type="crdt-join", roomId="r", version="////")
+    one.wire.send(type="crdt-join", roomId="r", version="")
+    assert one.next()["code"] == "bad_request"
+    assert one.next()["type"] == "crdt-joined"
+    one.receive()
+    two.wire.send(type="crdt-join", roomId="r", version="////")
+    two.wire.send(type="crdt-leave", roomId="r")
+    assert two.next()["code"] == "bad_request"
+    assert two.next() == {"type": "crdt-left", "roomId": "r"}
+    two.join()
+    two.write("a", 1)
+    one.await_value("a", 1)
+
+
+def test_versions_that_wait_have_a_limit(client: Callable[..., Client], rooms: LocalServer) -> None:
+    one = client()
+    one.join()
+    (pid,) = rooms.server.rooms.pool.pids  # type: ignore[union-attr]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for number in range(30):
+            version = encoded(bytes(3 << 20))
+            one.wire.send(type="crdt-join", roomId=f"r{number}", version=version)
+        error = one.next()
+        assert (error["type"], error["roomId"], error["code"]) == ("error", "r21", "busy")
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_joining_again_while_the_document_is_sent(rooms: LocalServer) -> None:

@@ -15,6 +15,10 @@ from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Chunk, Pull
 _PIECE_BYTES = FRAGMENT_BYTES // 4 * 3 // 3 * 3
 
 
+# Head, body and tail, whether it is text, and whether others are sent the same body.
+_Message = tuple[bytes, Blob, bytes, bool, bool]
+
+
 class Large:
     """A large message, sent piece by piece; a :class:`transport.Source`."""
 
@@ -62,9 +66,12 @@ class Member:
 
     ``is_in``: it may send; ``is_joined``: it is sent what others change. ``asked``: so many joins
     and leaves are not answered yet. ``has_versions``: it knows more than the first protocol.
+    ``all_sent`` is called when nothing large is being sent any more.
     """
 
-    def __init__(self, peer: Peer, room: str, max_waiting: int) -> None:
+    def __init__(
+        self, peer: Peer, room: str, max_waiting: int, all_sent: Callable[[Member], None]
+    ) -> None:
         self.peer = peer
         self.room = room
         self.is_in = True
@@ -72,32 +79,39 @@ class Member:
         self.asked = 0
         self.has_versions = False
         self._max_waiting = max_waiting
+        self._all_sent = all_sent
         # Short messages overtake a large one that is still to be sent. Those about its document
         # must not.
-        self._is_sending = False
-        self._waiting: list[tuple[bytes, Blob, bytes, bool]] = []
+        self.is_sending = False
+        self._waiting: list[_Message] = []
         self._waiting_bytes = 0
+
+    def tell(self, message: bytes) -> None:
+        """Send a text message, behind the documents before it."""
+        self._send(message, b"", b"", True)
 
     def send_document(self, kind: str, data: Blob) -> None:
         """Send ``data`` with a header; the document itself, if ``kind`` is a snapshot."""
         head = binary_head(type=kind, roomId=self.room)
-        self._send(head, data, b"", is_text=False)
+        self._send(head, data, b"", False, is_shared=False)
 
     def send_snapshot(self, data: Blob) -> None:
         """Send a snapshot as the first protocol has it."""
         head = encode({"type": "crdt-snapshot", "roomId": self.room})[:-1] + b',"data":"'
-        self._send(head, data, b'"}', is_text=True)
+        self._send(head, data, b'"}', True)
 
     def send_update(self, change: Change) -> None:
         """Send what others have changed."""
         message = change.framed if self.has_versions else change.bare
-        self._send(b"", message, b"", is_text=False)
+        self._send(b"", message, b"", False)
 
-    def _send(self, head: bytes, body: Blob, tail: bytes, *, is_text: bool) -> None:
-        if self._is_sending:
-            self._wait(head, body, tail, is_text)
+    def _send(
+        self, head: bytes, body: Blob, tail: bytes, is_text: bool, is_shared: bool = True
+    ) -> None:
+        if self.is_sending:
+            self._wait((head, body, tail, is_text, is_shared))
         elif len(head) + len(body) > _PIECE_BYTES:
-            self._is_sending = True
+            self.is_sending = True
             source = Large(head, body, tail, as_base64=is_text, ended=self._sent)
             self.peer.stream(source, is_text=is_text)
         elif is_text:
@@ -105,21 +119,26 @@ class Member:
         else:
             self.peer.send_binary(bytes(head + body))
 
-    def _wait(self, head: bytes, body: Blob, tail: bytes, is_text: bool) -> None:
-        # What large documents have, all who wait for them share.
-        self._waiting_bytes += min(len(body), _PIECE_BYTES)
-        if self._waiting_bytes > self._max_waiting:
+    def _wait(self, message: _Message) -> None:
+        head, body, _, _, is_shared = message
+        # What is large and shared, all who wait for it have together.
+        size = min(len(body), _PIECE_BYTES) if is_shared else len(body)
+        self._waiting_bytes += len(head) + size
+        # A single one may be larger.
+        if self._waiting_bytes > self._max_waiting and self._waiting:
             self._waiting.clear()
             self.is_joined = False
             self.peer.close(1013, "The client does not read what it is sent (--max-queued-bytes).")
         else:
-            self._waiting.append((head, body, tail, is_text))
+            self._waiting.append(message)
 
     def _sent(self) -> None:
-        self._is_sending = False
+        self.is_sending = False
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        for head, body, tail, is_text in waiting:
-            self._send(head, body, tail, is_text=is_text)
+        for message in waiting:
+            self._send(*message)
+        if not self.is_sending:
+            self._all_sent(self)
 
 
 def _base64(data: Blob | memoryview) -> bytes:

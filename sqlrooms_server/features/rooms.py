@@ -29,7 +29,7 @@ from sqlrooms_server.messages import (
     RoomUpdate,
 )
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.protocol import encode
+from sqlrooms_server.protocol import encode, encode_error
 from sqlrooms_server.rooms.pool import Pool
 from sqlrooms_server.rooms.room import (
     Answered,
@@ -133,13 +133,15 @@ class Rooms(Feature):
                     ),
                 )
             entry = self._entry(name)
-            member = mine[name] = Member(peer, name, self._settings.max_queued_bytes)
-            entry.members[peer] = member
-            entry.room.members = len(entry.members)
-        self._check_asked(member)
+            member = Member(peer, name, self._settings.max_queued_bytes, self._settle)
+        else:
+            entry = self._entries[name]
+            self._check_asked(member)
+        self._put(entry, Join(member, message.version))
         member.is_in = True
-        self._put(self._entries[name], Join(member, message.version))
         member.asked += 1
+        mine[name] = entry.members[peer] = member
+        entry.room.members = len(entry.members)
 
     def _leave(self, peer: Peer, message: RoomLeave) -> None:
         member = self._of_peer.get(peer, {}).get(message.room)
@@ -302,7 +304,7 @@ class Rooms(Feature):
         member.has_versions = item.version is not None
         joined: dict[str, Any] = {"type": "crdt-joined", "roomId": member.room}
         if not member.has_versions:
-            member.peer.send(encode(joined))
+            member.tell(encode(joined))
             member.send_snapshot(outcome.data)
             if outcome.since:
                 member.send_update(Change(member.room, outcome.since))
@@ -310,7 +312,7 @@ class Rooms(Feature):
         joined["version"] = base64.b64encode(outcome.version).decode()
         if outcome.kind == "reset":
             joined["reset"] = True
-        member.peer.send(encode(joined))
+        member.tell(encode(joined))
         kind = "crdt-update" if outcome.kind == "update" else "crdt-snapshot"
         member.send_document(kind, outcome.data)
         if outcome.presence:
@@ -322,8 +324,8 @@ class Rooms(Feature):
             return
         member.asked -= 1
         member.is_joined = False
-        self._forget_if_gone(member)
-        member.peer.send(encode({"type": "crdt-left", "roomId": member.room}))
+        member.tell(encode({"type": "crdt-left", "roomId": member.room}))
+        self._settle(member)
 
     def _told(self, outcome: Told) -> None:
         (item,) = outcome.items
@@ -338,12 +340,12 @@ class Rooms(Feature):
             if isinstance(item, Update):
                 acknowledge([item], [outcome.error])
             elif isinstance(member, Member):
+                member.tell(encode_error(about(outcome.room.name, outcome.error)))
                 if isinstance(item, Join | Leave) and self._is_here(member):
                     member.asked -= 1
                     if not member.is_joined and not member.asked:
                         member.is_in = False
-                    self._forget_if_gone(member)
-                member.peer.send_error(about(outcome.room.name, outcome.error))
+                    self._settle(member)
 
     def _unloaded(self, outcome: Unloaded) -> None:
         name = outcome.room.name
@@ -355,9 +357,10 @@ class Rooms(Feature):
         """Whether its connection is."""
         return self._of_peer.get(member.peer, {}).get(member.room) is member
 
-    def _forget_if_gone(self, member: Member) -> None:
-        """It has left, unless it has asked for more since."""
-        if not member.is_in and not member.asked:
+    def _settle(self, member: Member) -> None:
+        """Forget ``member`` if it is out of its room and has been sent all of it."""
+        is_out = not (member.is_in or member.is_joined or member.asked or member.is_sending)
+        if is_out and self._is_here(member):
             del self._of_peer[member.peer][member.room]
             self._drop(member.room, member)
 

@@ -29,6 +29,7 @@ from sqlrooms_server.rooms.room import (
     Room,
     Unload,
     Unloaded,
+    Update,
 )
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Driver:
                 # Whatever has become of the document.
                 self._tell_behind(room, Left(room, items))
                 return
-            self._load(room, [item.size for item in items])
+            self._load(room, [item.size for item in items if isinstance(item, Update)])
             commands.run(room, items, self._keeping, self._pool.tell)
             if self._keeping.should_compact(room):
                 self._compact(room)
@@ -195,13 +196,13 @@ class Driver:
             room.is_loaded = False
 
     def _load(self, room: Room, more: list[int]) -> None:
-        """Let the document be in the process. ``more`` are the sizes of what it is to take."""
+        """Let the document be in the process. ``more`` are the sizes of updates that it takes."""
         if room.line.failure is not None:
             # What could not be stored is in the document; nobody was told of it.
             self._keeping.unload(room)
         if self.is_small:
             size = room.size + room.log_bytes if room.is_loaded else self._keeping.stored(room)
-            if size + sum(more) > LARGE_BYTES or max(more) > LARGE_UPDATE_BYTES:
+            if size + sum(more) > LARGE_BYTES or max(more, default=0) > LARGE_UPDATE_BYTES:
                 raise Moved
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:

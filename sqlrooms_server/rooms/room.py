@@ -54,6 +54,9 @@ class Join(Item):
 
     version: bytes | None
 
+    def __post_init__(self) -> None:
+        self.size = len(self.version or b"")
+
 
 @dataclass
 class Leave(Item):
