@@ -584,6 +584,40 @@ def test_rooms_without_members_leave_the_memory(launch: Callable[..., LocalServe
         await_that(lambda: not entries)
 
 
+def test_rooms_that_are_to_leave_the_memory_twice(
+    launch: Callable[..., LocalServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = launch(sync=True, max_rooms=3)
+    feature: Any = server.server.rooms
+    with server.connect() as wire:
+        one = Client(wire)
+        for name in "abc":
+            wire.send(type="crdt-join", roomId=name)
+            one.next(), one.next()
+            wire.send(type="crdt-leave", roomId=name)
+            assert one.next()["type"] == "crdt-left"
+        idle = [entry.room for entry in feature._entries.values()]
+        (pid,) = feature.pool.pids
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            for number in range(5):
+                wire.send(type="crdt-join", roomId=str(number))
+            wire.send(type="hello")
+            assert one.next()["type"] == "welcome"
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        for _ in range(5):
+            assert one.next()["type"] == "crdt-joined"
+            assert one.next()["type"] == "crdt-snapshot"
+        while any(room.queue or room.is_scheduled for room in idle):
+            time.sleep(0.01)
+        # What came of all that was told before this.
+        wire.send(type="crdt-join", roomId="4")
+        assert one.next()["type"] == "crdt-joined"
+    assert not {"a", "b", "c"} & set(feature._entries)
+    assert not caplog.records
+
+
 def test_a_process_that_is_killed(client: Callable[..., Client], rooms: LocalServer) -> None:
     one, two = client(), client()
     one.join(), two.join()

@@ -348,10 +348,13 @@ class Rooms(Feature):
                     self._settle(member)
 
     def _unloaded(self, outcome: Unloaded) -> None:
-        name = outcome.room.name
-        self._entries[name].is_ending = False
-        if self._entries[name].room is outcome.room and self.pool.forget(outcome.room):
-            del self._entries[name]
+        # It may have been asked for more than once.
+        entry = self._entries.get(outcome.room.name)
+        if entry is None or entry.room is not outcome.room:
+            return
+        entry.is_ending = False
+        if self.pool.forget(outcome.room):
+            del self._entries[outcome.room.name]
 
     def _is_here(self, member: Member) -> bool:
         """Whether its connection is."""
