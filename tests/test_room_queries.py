@@ -225,6 +225,22 @@ def test_a_room_that_is_nested_deeply(server: LocalServer, wire: Wire, client: C
     client.write("a", 2)
 
 
+def test_a_value_that_names_another_part(server: LocalServer, wire: Wire, client: Client) -> None:
+    """Loro takes such an update when its checksum is right."""
+    client.send(
+        bytes.fromhex(
+            "6c6f726f0000000000000000000000004d45317300044e0002000201100101000000000000000101000000"
+            "0000050100000100060104010000060b0163046576696c0161016d000f01040204000303000202040b0204"
+            "01000c090007020901080102050162"
+        )
+    )
+    assert client.ack()["type"] == "crdt-update-ack"
+    pids = server.server.rooms.pool.pids  # type: ignore[union-attr]
+    (document,) = documents(wire)
+    assert document["m"]["evil"][1] == {"a": "b"}
+    assert server.server.rooms.pool.pids == pids  # type: ignore[union-attr]
+
+
 def test_without_sync(launch: Callable[..., LocalServer]) -> None:
     with launch().connect() as wire:
         error = wire.request(type="json", sql="select * from room('plan')", queryId=1)

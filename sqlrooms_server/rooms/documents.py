@@ -235,7 +235,9 @@ class Document:
     def json(self) -> str:
         """What the document holds, as JSON. Raises ``Refused``."""
         try:
-            return json.dumps(_plain(_guarded(self._doc.get_deep_value)), ensure_ascii=False)
+            value = _plain(_guarded(self._doc.get_deep_value))
+            # A damaged document may name parts that it does not have.
+            return json.dumps(value, ensure_ascii=False, default=str)
         except RecursionError as error:
             raise Refused("The document is nested too deeply to be read as JSON.") from error
 
