@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+import struct
 from typing import Any
 
 from loro import ExportMode, LoroDoc, VersionVector
@@ -130,3 +131,32 @@ def large_document(size: int, seed: int = 0) -> Any:
 
 def _noise(size: int, seed: int) -> bytes:
     return random.Random(seed).randbytes(size)
+
+
+def checksum(data: bytes) -> int:
+    """xxHash32 as Loro has it."""
+    p1, p2, p3, p4, p5 = 2654435761, 2246822519, 3266489917, 668265263, 374761393
+    mask, seed = 0xFFFFFFFF, int.from_bytes(b"LORO", "little")
+
+    def turned(x: int, bits: int) -> int:
+        return ((x << bits) | (x >> (32 - bits))) & mask
+
+    position, value = 0, (seed + p5) & mask
+    if len(data) >= 16:
+        lanes = [(seed + p1 + p2) & mask, (seed + p2) & mask, seed, (seed - p1) & mask]
+        while position <= len(data) - 16:
+            for lane in range(4):
+                (word,) = struct.unpack_from("<I", data, position)
+                lanes[lane] = (turned((lanes[lane] + word * p2) & mask, 13) * p1) & mask
+                position += 4
+        value = sum(turned(lane, bits) for lane, bits in zip(lanes, (1, 7, 12, 18), strict=True))
+    value = (value + len(data)) & mask
+    while position <= len(data) - 4:
+        (word,) = struct.unpack_from("<I", data, position)
+        value = (turned((value + word * p3) & mask, 17) * p4) & mask
+        position += 4
+    for byte in data[position:]:
+        value = (turned((value + byte * p5) & mask, 11) * p1) & mask
+    for bits, factor in ((15, p2), (13, p3)):
+        value = (value ^ (value >> bits)) * factor & mask
+    return value ^ (value >> 16)

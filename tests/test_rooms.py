@@ -24,7 +24,7 @@ from sqlrooms_server.features.membership import Member
 from sqlrooms_server.messages import RoomSnapshot
 from sqlrooms_server.protocol import Limits, decode
 from tests.conftest import LocalServer
-from tests.loro_client import EMPTY, Client, encoded, large_document, updates_of
+from tests.loro_client import EMPTY, Client, checksum, encoded, large_document, updates_of
 from tests.wire import DEADLINE, Wire
 
 
@@ -172,7 +172,7 @@ def test_updates_that_break_documents(client: Callable[..., Client]) -> None:
         update = bytearray(original)
         for _ in range(rng.randint(1, 3)):
             update[rng.randrange(22, len(update))] = rng.randrange(256)
-        update[16:20] = struct.pack("<I", _checksum(bytes(update[20:])))
+        update[16:20] = struct.pack("<I", checksum(bytes(update[20:])))
         one.send(bytes(update))
         one.send(one.change("good", number))
     acks = 0
@@ -185,35 +185,6 @@ def test_updates_that_break_documents(client: Callable[..., Client]) -> None:
     late.join()
     assert late.values["good"] == 149
     late.write("still", "there")
-
-
-def _checksum(data: bytes) -> int:
-    """xxHash32 as Loro has it."""
-    p1, p2, p3, p4, p5 = 2654435761, 2246822519, 3266489917, 668265263, 374761393
-    mask, seed = 0xFFFFFFFF, int.from_bytes(b"LORO", "little")
-
-    def turned(x: int, bits: int) -> int:
-        return ((x << bits) | (x >> (32 - bits))) & mask
-
-    position, value = 0, (seed + p5) & mask
-    if len(data) >= 16:
-        lanes = [(seed + p1 + p2) & mask, (seed + p2) & mask, seed, (seed - p1) & mask]
-        while position <= len(data) - 16:
-            for lane in range(4):
-                (word,) = struct.unpack_from("<I", data, position)
-                lanes[lane] = (turned((lanes[lane] + word * p2) & mask, 13) * p1) & mask
-                position += 4
-        value = sum(turned(lane, bits) for lane, bits in zip(lanes, (1, 7, 12, 18), strict=True))
-    value = (value + len(data)) & mask
-    while position <= len(data) - 4:
-        (word,) = struct.unpack_from("<I", data, position)
-        value = (turned((value + word * p3) & mask, 17) * p4) & mask
-        position += 4
-    for byte in data[position:]:
-        value = (turned((value + byte * p5) & mask, 11) * p1) & mask
-    for bits, factor in ((15, p2), (13, p3)):
-        value = (value ^ (value >> bits)) * factor & mask
-    return value ^ (value >> 16)
 
 
 def test_who_is_not_in_the_room(client: Callable[..., Client]) -> None:

@@ -218,7 +218,10 @@ class Document:
         return self.snapshot()[0], b""
 
     def snapshot(self, cut: bytes = b"") -> tuple[bytes, bytes]:
-        """The whole document, without the history before ``cut``; and the updates that wait."""
+        """The whole document, without the history before ``cut``; and the updates that wait.
+
+        Raises ``Broken`` when no snapshot can be made of it.
+        """
         doc = self._doc
         # Not what Loro makes of it: that grows when an empty document is read, and the published
         # connector knows an empty room by its size.
@@ -228,7 +231,13 @@ class Document:
         if cut and not self.is_plain:
             mode = ExportMode.ShallowSnapshot(Frontiers.decode(cut))
         try:
-            return _guarded(lambda: doc.export(mode)), _guarded(doc.export_pending_updates) or b""
+            exported = _guarded(lambda: doc.export(mode))
+            if not self.is_plain:
+                # Of a document with a crafted update Loro makes snapshots that it cannot read.
+                other = LoroDoc()
+                _guarded(lambda: other.import_(exported))
+                _guarded(other.get_deep_value)
+            return exported, _guarded(doc.export_pending_updates) or b""
         except Refused as error:
             raise Broken(str(error)) from error
 
