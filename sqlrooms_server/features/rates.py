@@ -21,24 +21,34 @@ class Rates(Generic[K]):
     def __init__(self, per_second: float) -> None:
         self._per_second = per_second
         self._most = 2 * per_second
-        # What is left, and when that was.
-        self._left: dict[K, tuple[float, float]] = {}
+        # What is left, and when it was last filled up.
+        self._buckets: dict[K, list[float]] = {}
 
     def allows(self, key: K) -> bool:
         """Whether ``key`` may now; counts it if so."""
         if not self._per_second:
             return True
-        now = time.monotonic()
-        left, then = self._left.get(key, (self._most, now))
-        left = min(self._most, left + (now - then) * self._per_second)
-        if left < 1:
-            return False
-        if len(self._left) >= _MAX_KNOWN and key not in self._left:
-            # A bucket is full again after two seconds.
-            self._left = {k: v for k, v in self._left.items() if now - v[1] < 2}
-        self._left[key] = (left - 1, now)
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._new_bucket(key)
+        # It is filled up when it is empty, so that most calls need no clock.
+        if bucket[0] < 1:
+            now = time.monotonic()
+            bucket[0] = min(self._most, bucket[0] + (now - bucket[1]) * self._per_second)
+            bucket[1] = now
+            if bucket[0] < 1:
+                return False
+        bucket[0] -= 1
         return True
+
+    def _new_bucket(self, key: K) -> list[float]:
+        now = time.monotonic()
+        if len(self._buckets) >= _MAX_KNOWN:
+            # One that was not filled up for two seconds would be full again.
+            self._buckets = {k: b for k, b in self._buckets.items() if now - b[1] < 2}
+        bucket = self._buckets[key] = [self._most, now]
+        return bucket
 
     def forget(self, key: K) -> None:
         """``key`` is gone."""
-        self._left.pop(key, None)
+        self._buckets.pop(key, None)

@@ -21,6 +21,7 @@ class Answer:
 
 
 BARE = Answer("crdt-update-ack")
+FRAMED = Answer("")
 SNAPSHOT = Answer("crdt-snapshot-ack")
 
 

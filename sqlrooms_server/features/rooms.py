@@ -15,6 +15,7 @@ from sqlrooms_server.features.membership import Change, Member
 from sqlrooms_server.features.rates import Rates
 from sqlrooms_server.features.room_answers import (
     BARE,
+    FRAMED,
     SNAPSHOT,
     Answer,
     about,
@@ -162,7 +163,8 @@ class Rooms(Feature):
         if message.room is None:
             member, answer = self._only_room(peer), BARE
         else:
-            member, answer = self._member(peer, message.room), Answer("", message.id)
+            member = self._member(peer, message.room)
+            answer = FRAMED if message.id is None else Answer("", message.id)
         limit = self._settings.max_update_size
         if not self._rates.allows(peer):
             rate = self._settings.update_rate
