@@ -45,7 +45,10 @@ class Stored:
 
 
 class RoomStore:
-    """The store. Every method may be called by any thread; what is asked for is done in order.
+    """The store. Every method may be called by any thread.
+
+    What is appended is stored in order. A large snapshot is written in parts, between what is
+    appended after it, and takes the place only of what came before.
 
     ``done`` callbacks are called on the writing thread, with what went wrong, and must be short.
     Raises ``StartupError``.
