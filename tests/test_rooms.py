@@ -655,6 +655,25 @@ def test_a_large_room_stalls_nobody(launch: Callable[..., LocalServer]) -> None:
         assert max(times) < sum(times) / 2
 
 
+def test_a_large_update_is_imported_away_from_other_rooms(
+    client: Callable[..., Client], rooms: LocalServer
+) -> None:
+    one, other = client(), client("other")
+    one.join(), other.join()
+    one.write("a", 1)
+    other.write("a", 1)
+    pool = rooms.server.rooms.pool  # type: ignore[union-attr]
+    (small,) = pool.pids
+    one.write("b", os.urandom(100_000).hex())
+    assert len(pool.pids) == 2
+    one.write("c", 3)
+    other.write("c", 3)
+    late = client()
+    late.join()
+    assert late.values == one.values
+    assert small in pool.pids
+
+
 def test_a_member_that_does_not_read(launch: Callable[..., LocalServer]) -> None:
     server = launch(sync=True, max_queued_bytes=1 << 20)
     with server.connect() as a, server.connect() as b, server.connect() as c:
