@@ -167,10 +167,7 @@ class Rooms(Feature):
             answer = FRAMED if message.id is None else Answer("", message.id)
         limit = self._settings.max_update_size
         if not self._rates.allows(peer):
-            rate = self._settings.update_rate
-            error: ServerError = Busy(
-                f"This connection sends more than {rate} updates a second (--update-rate)."
-            )
+            error: ServerError = self._too_fast()
         elif len(message.data) > limit:
             error = TooLarge(
                 f"The update has {len(message.data)} bytes; at most {limit} are allowed "
@@ -220,10 +217,12 @@ class Rooms(Feature):
             text = f"Presence has at most {MAX_PRESENCE_BYTES} bytes."
             self._refuse(message.room, TooLarge(text))
         if not self._rates.allows(peer):
-            rate = self._settings.update_rate
-            text = f"This connection sends more than {rate} updates a second (--update-rate)."
-            self._refuse(message.room, Busy(text))
+            self._refuse(message.room, self._too_fast())
         self._put(self._entries[message.room], Presence(member, message.data.encode()))
+
+    def _too_fast(self) -> Busy:
+        rate = self._settings.update_rate
+        return Busy(f"This connection sends more than {rate} updates a second (--update-rate).")
 
     def _entry(self, name: str) -> _Entry:
         """The room, taken up if need be. Raises ``Busy``."""

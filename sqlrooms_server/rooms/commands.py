@@ -80,12 +80,8 @@ def _apply(room: Room, items: Sequence[Update], keeping: Keeping, tell: Tell) ->
         _tell_stored(room, (), outcome, keeping, tell)
         return
     # Numbers for the clients, which the process does not know.
-    numbers: dict[Hashable, int] = {}
-    clients: list[Hashable] = []
-    for item in fitting:
-        if item.client not in numbers:
-            numbers[item.client] = len(clients)
-            clients.append(item.client)
+    clients: list[Hashable] = list(dict.fromkeys(item.client for item in fitting))
+    numbers = {client: number for number, client in enumerate(clients)}
     (told, senders, is_whole), (_, delta, *rest) = keeping.ask(
         "apply",
         room.name,
