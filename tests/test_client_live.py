@@ -490,10 +490,9 @@ def test_async_cache(server: LocalServer) -> None:
             assert result.cached is cached
             rows = await db.rows("from t where i > $i", {"i": 1}, persist=True)
             assert (rows, rows.cached) == ([{"i": 2}], cached)
-        stats = await db.cache_stats()
-        assert (stats.misses, stats.hits, stats.entries) == (2, 2, 2)
         answers = await asyncio.gather(*(db.cache_stats() for _ in range(10)))
-        assert set(answers) == {stats}
+        # Of the sizes, what the disk holds may still grow.
+        assert {(stats.misses, stats.hits, stats.entries) for stats in answers} == {(2, 2, 2)}
 
     connected(server.url, test)
 
