@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Sequence
 
+from sqlrooms_server.access.roles import NOBODY, Identity, Role
 from sqlrooms_server.errors import ServerError
 from sqlrooms_server.protocol import encode_error
 from sqlrooms_server.transport import Connection, FrameSource, Source, Topic
@@ -14,17 +15,42 @@ from sqlrooms_server.transport import Connection, FrameSource, Source, Topic
 class Peer:
     """A connected client. Its methods belong to the loop thread; after it left they do nothing."""
 
-    __slots__ = ("_connection", "authorised", "connected_at", "id", "refused", "user")
+    __slots__ = (
+        "_calls_itself",
+        "_connection",
+        "connected_at",
+        "id",
+        "identity",
+        "is_refused",
+        "role",
+    )
 
-    def __init__(self, *, authorised: bool, refused: bool) -> None:
+    def __init__(self) -> None:
         self.id = secrets.token_hex(8)
-        self.authorised = authorised
-        self.refused = refused
+        # None as long as nobody knows who it is; then it may do nothing.
+        self.identity: Identity | None = None
+        self.role: Role = NOBODY
+        # It is told so and closed, whatever else it sends.
+        self.is_refused = False
         # Seconds since 1970.
         self.connected_at = time.time()
-        # What it calls itself. Nobody has checked it.
-        self.user: str | None = None
+        self._calls_itself: str | None = None
         self._connection: Connection | None = None
+
+    @property
+    def user(self) -> str | None:
+        """Who it is, or without an identity that has a name, what it calls itself, unchecked."""
+        known = self.identity.user if self.identity is not None else ""
+        return known or self._calls_itself
+
+    def call(self, user: str) -> None:
+        """It calls itself ``user``."""
+        self._calls_itself = user
+
+    def identify(self, identity: Identity | None) -> None:
+        """From here on it is ``identity``, or a stranger."""
+        self.identity = identity
+        self.role = NOBODY if identity is None else identity.role
 
     def attach(self, connection: Connection) -> None:
         """For the server: the connection is open."""

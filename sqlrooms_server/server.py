@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlrooms_server import __version__
-from sqlrooms_server.access import Access, is_loopback
+from sqlrooms_server.access import is_loopback
 from sqlrooms_server.cache import ResultCache, fingerprint
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.engine import environment as engine_environment
 from sqlrooms_server.db.room_files import place, published_rooms
 from sqlrooms_server.db.room_store import RoomStore
 from sqlrooms_server.db.store import create_meta_tables
-from sqlrooms_server.errors import ServerError, ShuttingDown, StartupError, Unauthorized
+from sqlrooms_server.errors import ServerError, ShuttingDown, StartupError
 from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.cached import CachedQueries
 from sqlrooms_server.features.channels import Channels
@@ -31,10 +31,11 @@ from sqlrooms_server.features.rooms import NoRooms, Rooms
 from sqlrooms_server.features.sessions import Sessions
 from sqlrooms_server.features.uploads import Uploads
 from sqlrooms_server.features.watches import Watches
+from sqlrooms_server.gate import Gate
 from sqlrooms_server.jobs import Scheduler
 from sqlrooms_server.messages import Auth, Message
 from sqlrooms_server.peer import Audience, Peer
-from sqlrooms_server.protocol import Limits, decode, encode
+from sqlrooms_server.protocol import Limits, decode
 from sqlrooms_server.rooms.child import is_available
 from sqlrooms_server.rooms.keeping import RoomLimits
 from sqlrooms_server.rooms.pool import Pool
@@ -63,11 +64,6 @@ _CACHE_CLOSED_BY = 4.8
 # What an early message costs besides its bytes.
 _EARLY_ENTRY_BYTES = 200
 
-# An auth message; anything longer from a stranger is not worth decoding.
-_MAX_AUTH_BYTES = 16 << 10
-
-_AUTH_ACK = encode({"type": "authAck"})
-
 
 class Server:
     """A DuckDB database behind a WebSocket port.
@@ -78,8 +74,8 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._access = Access(settings)
         self._limits = Limits(settings.max_message_size, settings.max_sql_length)
+        self._gate = Gate(settings, self._limits)
         self._handlers: dict[type, MessageHandler] = {}
         self._cache: ResultCache | None = None
         self._has_started = False
@@ -117,7 +113,7 @@ class Server:
         ``StartupError`` with one line that says what to do.
         """
         settings = self.settings
-        if not is_loopback(settings.host) and not self._access.needs_token:
+        if not is_loopback(settings.host) and not self._gate.needs_token:
             raise StartupError(
                 f"--host {settings.host} can be reached from other machines, so a token is needed: "
                 "set SQLROOMS_AUTH_TOKEN or --auth-token-file, or listen on 127.0.0.1."
@@ -303,19 +299,9 @@ class Server:
     # What the transport calls, on the loop thread.
 
     def upgrade(self, request: HttpRequest) -> Peer | Refusal:
-        refused = self._access.refuses(request)
-        if refused is not None:
-            log.warning("Refused a WebSocket from %s: %s.", request.remote_address, refused)
-            return Refusal(403, f"{refused}\n")
         if self._is_draining:
             return Refusal(503, "The server is shutting down.\n")
-        token = self._access.token_of(request)
-        authorised = not self._access.needs_token
-        refused_token = False
-        if token is not None and not authorised:
-            authorised = self._access.accepts(token)
-            refused_token = not authorised
-        return Peer(authorised=authorised, refused=refused_token)
+        return self._gate.upgrade(request)
 
     def opened(self, connection: Connection) -> None:
         peer: Peer = connection.handler_data
@@ -323,16 +309,15 @@ class Server:
         for feature in self._features:
             feature.opened(peer)
         log.debug("%s connected from %s.", peer.id, connection.remote_address)
-        if peer.refused:
-            self._refuse(peer)
+        self._gate.opened(peer)
 
     def message(self, connection: Connection, data: bytes, is_text: bool) -> None:
         if not self._is_ready:
             self._keep_early(connection, data, is_text)
             return
         peer: Peer = connection.handler_data
-        if not peer.authorised:
-            self._authorise(peer, data, is_text)
+        if peer.identity is None:
+            self._gate.message(peer, data, is_text)
             return
         try:
             message = decode(data, is_text=is_text, limits=self._limits)
@@ -363,21 +348,14 @@ class Server:
         elif not allowed:
             methods = " or ".join(sorted({route.method for route in routes}))
             exchange.respond(405, f"only {methods} is allowed here".encode())
-        elif allowed[0].is_public or self._may_ask(request, exchange):
-            allowed[0].answer(request, exchange)
-
-    def _may_ask(self, request: HttpRequest, exchange: Exchange) -> bool:
-        """Whether ``request`` passes the gate; answers it otherwise."""
-        refused = self._access.refuses(request)
-        if refused is not None:
-            log.warning("Refused a request from %s: %s.", request.remote_address, refused)
-            exchange.respond(403, f"{refused}\n".encode())
-            return False
-        token = self._access.token_of(request)
-        if self._access.needs_token and (token is None or not self._access.accepts(token)):
-            exchange.respond(401, b"unauthorized")
-            return False
-        return True
+        elif allowed[0].is_public:
+            allowed[0].answer(request, exchange, None)
+        else:
+            found = self._gate.identity_of(request)
+            if isinstance(found, Refusal):
+                exchange.respond(found.status, found.text.encode())
+            else:
+                allowed[0].answer(request, exchange, found)
 
     def _keep_early(self, connection: Connection, data: bytes, is_text: bool) -> None:
         size = len(data) + _EARLY_ENTRY_BYTES
@@ -389,33 +367,9 @@ class Server:
 
     def _handle(self, peer: Peer, message: Message) -> None:
         if isinstance(message, Auth):
-            if self._access.needs_token and not self._access.accepts(message.token):
-                self._refuse(peer)
-            else:
-                peer.send(_AUTH_ACK)
-            return
-        self._handlers[type(message)](peer, message)
-
-    def _authorise(self, peer: Peer, data: bytes, is_text: bool) -> None:
-        """The gate before every kind of frame: only the right token opens it."""
-        if peer.refused:
-            return
-        message: Message | None = None
-        if is_text and len(data) <= _MAX_AUTH_BYTES:
-            with contextlib.suppress(ServerError):
-                message = decode(data, is_text=True, limits=self._limits)
-        if isinstance(message, Auth) and self._access.accepts(message.token):
-            peer.authorised = True
-            peer.send(_AUTH_ACK)
+            self._gate.authenticate(peer, message)
         else:
-            self._refuse(peer)
-
-    def _refuse(self, peer: Peer) -> None:
-        peer.refused = True
-        peer.authorised = False
-        log.warning("Closed a connection from %s without a valid token.", peer.remote_address)
-        peer.send_error(Unauthorized("unauthorized"))
-        peer.close(1008, "unauthorized")
+            self._handlers[type(message)](peer, message)
 
 
 def _is_below(path: str, place: str) -> bool:

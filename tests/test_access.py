@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 
-from sqlrooms_server.access import Access, is_loopback
+from sqlrooms_server.access.origins import Origins, is_loopback
 from sqlrooms_server.errors import StartupError
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.transport import HttpRequest
@@ -211,7 +211,7 @@ def test_rules(settings: dict[str, Any], host: str, origin: str | None, refused:
     if origin is not None:
         headers["origin"] = origin
     request = HttpRequest("GET", "/", "", headers, "127.0.0.1")
-    assert bool(Access(Settings(**settings)).refuses(request)) is refused
+    assert bool(Origins(Settings(**settings)).refuses(request)) is refused
 
 
 def test_loopback_names() -> None:

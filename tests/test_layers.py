@@ -25,6 +25,7 @@ LAYERS = [
     ["access"],
     ["outbox"],
     ["peer"],
+    ["gate"],
     ["hub"],
     ["features"],
     ["server"],

@@ -27,7 +27,7 @@ class SlowPeer(Peer):
     __slots__ = ("messages",)
 
     def __init__(self) -> None:
-        super().__init__(authorised=True, refused=False)
+        super().__init__()
         self.messages: list[Any] = []
 
     def send(self, message: bytes) -> None:

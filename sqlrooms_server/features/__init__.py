@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sqlrooms_server.access import Identity
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.transport import Exchange, HttpRequest
 
@@ -17,12 +18,13 @@ class Route:
     """What answers an HTTP request.
 
     A ``path`` that ends in ``/`` stands for everything below it. Unless it ``is_public``, the
-    request must come from an origin and a host that may connect, with the token if there is one.
+    request must come from an origin and a host that may connect, with a token if one is needed;
+    ``answer`` is told who sent it.
     """
 
     method: str
     path: str
-    answer: Callable[[HttpRequest, Exchange], None]
+    answer: Callable[[HttpRequest, Exchange, Identity | None], None]
     is_public: bool = False
 
 

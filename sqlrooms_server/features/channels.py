@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+from sqlrooms_server.access import Identity
 from sqlrooms_server.errors import BadRequest, Busy, NotFound, ServerError, TooLarge
 from sqlrooms_server.features import Feature, MessageHandler, Route
 from sqlrooms_server.features.backlog import Backlog
@@ -312,7 +313,7 @@ class Channels(Feature):
             text = f"There are {limit} channels, which is the limit (--max-channels)."
             raise _refused(Busy, text, message)
 
-    def _http(self, request: HttpRequest, exchange: Exchange) -> None:
+    def _http(self, request: HttpRequest, exchange: Exchange, _: Identity | None) -> None:
         try:
             answer = self._publish_over_http(request)
         except ServerError as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TypeVar
 
+from sqlrooms_server.access import Identity
 from sqlrooms_server.features import Feature, Route
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.protocol import encode
@@ -21,7 +22,7 @@ _ANSWER_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class ConnectionInfo:
-    """One connection. ``user`` is what it calls itself, unchecked; ``channels`` what it hears."""
+    """One connection. ``user`` is who it is, or calls itself; ``channels`` what it hears."""
 
     id: str
     user: str | None
@@ -85,7 +86,7 @@ class Connections(Feature):
                 tuple(self._channels_of(peer)),
             )
             for peer in self._peers.values()
-            if peer.authorised and (user is None or peer.user == user)
+            if peer.identity is not None and (user is None or peer.user == user)
         ]
 
     def _ask(self, question: Callable[[], T]) -> T:
@@ -101,7 +102,7 @@ class Connections(Feature):
         self._post(run)
         return answer.result(_ANSWER_SECONDS)
 
-    def _http(self, request: HttpRequest, exchange: Exchange) -> None:
+    def _http(self, request: HttpRequest, exchange: Exchange, _: Identity | None) -> None:
         connections = [
             {
                 "connectionId": info.id,

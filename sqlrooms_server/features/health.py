@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from sqlrooms_server import __version__
+from sqlrooms_server.access import Identity
 from sqlrooms_server.db.cursor import DUCKDB_VERSION
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.errors import ServerError
@@ -81,7 +82,7 @@ class Health(Feature):
 
     def _hello(self, peer: Peer, hello: Hello) -> None:
         if hello.user is not None:
-            peer.user = hello.user
+            peer.call(hello.user)
         limits = {
             "maxMessageSize": self._settings.max_message_size,
             "maxSqlLength": self._settings.max_sql_length,
@@ -101,10 +102,10 @@ class Health(Feature):
             )
         )
 
-    def _healthz(self, request: HttpRequest, exchange: Exchange) -> None:
+    def _healthz(self, request: HttpRequest, exchange: Exchange, _: Identity | None) -> None:
         exchange.respond(200, b"ok")
 
-    def _version(self, request: HttpRequest, exchange: Exchange) -> None:
+    def _version(self, request: HttpRequest, exchange: Exchange, _: Identity | None) -> None:
         body = encode(
             {
                 "name": "sqlrooms-server",
@@ -116,7 +117,7 @@ class Health(Feature):
         )
         exchange.respond(200, body, "application/json")
 
-    def _readyz(self, request: HttpRequest, exchange: Exchange) -> None:
+    def _readyz(self, request: HttpRequest, exchange: Exchange, _: Identity | None) -> None:
         if self._draining:
             exchange.respond(503, b"draining")
             return

@@ -1,10 +1,9 @@
-"""Who may connect: tokens, origins and host names."""
+"""Which pages may connect, under which host names."""
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.transport.http import HttpRequest
@@ -12,24 +11,14 @@ from sqlrooms_server.transport.http import HttpRequest
 ANY = "*"
 
 
-class Access:
+class Origins:
     """The rules of one server."""
 
     def __init__(self, settings: Settings) -> None:
-        self._token = settings.auth_token.encode()
-        self._cookie = settings.auth_cookie
         self._origins = {origin.rstrip("/").lower() for origin in settings.allow_origin}
         self._hosts = {host.lower() for host in settings.allow_host}
         if not is_loopback(settings.host):
             self._hosts.add(settings.host.lower())
-
-    @property
-    def needs_token(self) -> bool:
-        return bool(self._token)
-
-    def accepts(self, token: str) -> bool:
-        """Whether ``token`` is right; takes the same time wherever it differs."""
-        return hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._token)
 
     def refuses(self, request: HttpRequest) -> str | None:
         """Why a WebSocket of this origin or host is refused; None when it may come.
@@ -49,21 +38,6 @@ class Access:
         if _is_page_of_this_machine(origin):
             return None
         return f"origin {origin!r} is not allowed; --allow-origin {origin} would"
-
-    def token_of(self, request: HttpRequest) -> str | None:
-        """The token that came with an upgrade; None when there was none."""
-        scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and credentials.strip():
-            return credentials.strip()
-        values = parse_qs(request.query).get("token")
-        if values:
-            return values[0]
-        if self._cookie:
-            for pair in request.headers.get("cookie", "").split(";"):
-                name, _, value = pair.strip().partition("=")
-                if name == self._cookie:
-                    return value
-        return None
 
 
 def _is_page_of_this_machine(origin: str) -> bool:

@@ -1,0 +1,47 @@
+"""What the SQL of a client may do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Two clients with equal policies may share results.
+
+    ``read_only``: nothing is changed, in the database or in a file. ``files``: whatever is outside
+    of the database can be reached: files, the network, other databases, and settings that lead
+    there. ``extensions``: more of DuckDB can be installed and loaded. ``schemas``: those of the
+    main database whose tables can be read and changed, in lower case; None for all. ``kinds``:
+    the statements that may run, as DuckDB names their kinds (``"SELECT"``); None for all.
+    """
+
+    read_only: bool = False
+    files: bool = True
+    extensions: bool = True
+    schemas: frozenset[str] | None = None
+    kinds: frozenset[str] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it forbids nothing."""
+        return self == UNRESTRICTED
+
+    def within(self, other: Policy) -> Policy:
+        """What both allow."""
+        return Policy(
+            read_only=self.read_only or other.read_only,
+            files=self.files and other.files,
+            extensions=self.extensions and other.extensions,
+            schemas=_both(self.schemas, other.schemas),
+            kinds=_both(self.kinds, other.kinds),
+        )
+
+
+def _both(one: frozenset[str] | None, other: frozenset[str] | None) -> frozenset[str] | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one & other
+
+
+UNRESTRICTED = Policy()
