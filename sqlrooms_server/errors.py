@@ -43,6 +43,12 @@ class Unauthorized(ServerError):
     code = "unauthorized"
 
 
+class Forbidden(ServerError):
+    """Not for this client; the text says what was refused, by which rule, and what would do."""
+
+    code = "forbidden"
+
+
 class QueryError(ServerError):
     """DuckDB refused or failed the statement; the text is DuckDB's own."""
 
