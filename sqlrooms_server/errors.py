@@ -43,6 +43,12 @@ class Unauthorized(ServerError):
     code = "unauthorized"
 
 
+class Forbidden(ServerError):
+    """The client may not do that; the text says what, and which rule forbids it."""
+
+    code = "forbidden"
+
+
 class QueryError(ServerError):
     """DuckDB refused or failed the statement; the text is DuckDB's own."""
 

@@ -75,7 +75,6 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._limits = Limits(settings.max_message_size, settings.max_sql_length)
-        self._gate = Gate(settings, self._limits)
         self._handlers: dict[type, MessageHandler] = {}
         self._cache: ResultCache | None = None
         self._has_started = False
@@ -96,6 +95,7 @@ class Server:
         )
         self._health = Health(settings, self._transport.post)
         self._timers = Timers()
+        self._gate = Gate(settings, self._limits, self._timers, self._transport.post)
         self.channels = Channels(
             settings,
             self._timers,
@@ -125,6 +125,7 @@ class Server:
             )
         with contextlib.ExitStack() as undo:
             undo.callback(self.channels.stop)
+            undo.callback(self._timers.close)
             port = self._transport.start(settings.host, settings.port)
             undo.callback(lambda: self._transport.stop(time.monotonic()))
             restore_cache = self._open_cache()
@@ -140,7 +141,6 @@ class Server:
             create_meta_tables(self._engine, settings.meta_namespace, settings.meta_db)
             self._open_rooms()
             undo.callback(lambda: self._close_rooms(time.monotonic(), time.monotonic() + 1.0))
-            undo.callback(self._timers.close)
             self._scheduler = Scheduler(settings.worker_count, settings.max_queue, self._timers)
             undo.callback(lambda: self._scheduler.close(time.monotonic() + _QUERIES_STOPPED_BY))
             self._join_features()
@@ -148,6 +148,13 @@ class Server:
         self._has_started = True
         self._transport.post(self._begin)
         return port
+
+    def reload(self) -> None:
+        """Read the file of tokens again, and close the connections of those that are gone.
+
+        A file that is not right is logged, and changes nothing.
+        """
+        self._gate.reload()
 
     def stop(self) -> bool:
         """Answer what is under way, close connections and the database; True when all ended.
@@ -335,6 +342,7 @@ class Server:
 
     def closed(self, connection: Connection) -> None:
         peer: Peer = connection.handler_data
+        self._gate.closed(peer)
         for feature in self._features:
             feature.closed(peer)
         log.debug("%s left.", peer.id)
@@ -369,6 +377,8 @@ class Server:
         if isinstance(message, Auth):
             self._gate.authenticate(peer, message)
         else:
+            if peer.role.request_rate:
+                self._gate.check_rate(peer, message)
             self._handlers[type(message)](peer, message)
 
 

@@ -72,6 +72,20 @@ class Settings:
     )
     auth_token_file: str = _setting("", "File whose first line is the token.")
     auth_cookie: str = _setting("", "Name of a cookie that may carry the token at the upgrade.")
+    tokens: str = _setting(
+        "", "TOML file with several tokens, their roles, and keys of signed tokens (JWT)."
+    )
+    auth_timeout: int = _setting(
+        10, "Seconds in which a client must present a token before it is disconnected."
+    )
+    max_auth_failures: int = _setting(
+        20,
+        "Wrong tokens of one address in a minute; after them it must wait, but for tokens that "
+        "were right there before.",
+    )
+    max_strangers: int = _setting(
+        1000, "Connections at one time that have not presented a token yet."
+    )
     allow_origin: tuple[str, ...] = _setting(
         (),
         "Origins of web pages that may connect, besides pages from this machine: "
@@ -182,6 +196,9 @@ class Settings:
             # The transport counts a message in 32 bits and is told twice this size.
             ("max_message_size", 1 << 10, 1 << 30),
             ("max_sql_length", 1 << 10, 1 << 30),
+            ("auth_timeout", 1, 3600),
+            ("max_auth_failures", 1, 1_000_000),
+            ("max_strangers", 1, 1_000_000),
             ("max_in_flight", 1, 1_000_000),
             ("max_queue", 1, 1_000_000),
             ("max_queued_bytes", 1 << 20, 1 << 40),
@@ -313,13 +330,19 @@ def parse(field: dataclasses.Field[Any], text: str, source: str) -> Any:
     return text
 
 
-def _from_file(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The TOML file ``path``, which errors call ``what``. Raises ``StartupError``."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise StartupError(f"Cannot read the settings file {path}: {error.strerror}.") from error
+        raise StartupError(f"Cannot read the {what} {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise StartupError(f"The settings file {path} is not valid TOML: {error}.") from error
+        raise StartupError(f"The {what} {path} is not valid TOML: {error}.") from error
+    return table
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    table = read_toml(path, "settings file")
     known = {field.name: field for field in fields()}
     values = {}
     for key, value in table.items():

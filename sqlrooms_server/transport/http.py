@@ -39,6 +39,7 @@ class HttpRequest:
     headers: dict[str, str]
     remote_address: str
     body: bytes = b""
+    is_from_proxy: bool = False
 
 
 def read_request(res: Any, req: Any) -> HttpRequest:
