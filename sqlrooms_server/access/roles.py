@@ -73,6 +73,11 @@ class Role:
     query_timeout: int = 0
     request_rate: int = 0
 
+    @property
+    def is_admin(self) -> bool:
+        """Whether it may do everything that the server allows anybody."""
+        return self.name == ADMIN.name
+
     def of(self, user: str) -> Role:
         """The role as ``user`` has it."""
         return replace(

@@ -19,6 +19,12 @@ _MIN_SECRET_BYTES = 32
 # Seconds by which clocks may differ.
 _LEEWAY = 30
 
+# What PyJWT stumbles over when values have other types than they should, or are nested deeply.
+_MALFORMED = (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+# In seconds since 1970: no timer goes further.
+_FOR_EVER = 1e11
+
 # Which key a token was signed with: by its header, None when there is no such key.
 _FindKey = Callable[[Mapping[str, Any]], Any]
 
@@ -53,14 +59,14 @@ class SignedTokens:
                 leeway=_LEEWAY,
                 options={"require": ["exp"], "verify_aud": self.audience is not None},
             )
-        except jwt.PyJWTError:
+            expires_at = min(float(claims["exp"]) + _LEEWAY, _FOR_EVER)
+        except (jwt.PyJWTError, *_MALFORMED):
             return None
         user = claims.get(self.user_claim)
         name = claims.get(self.role_claim)
         role = self.default_role if name is None else self._role(name)
         if not isinstance(user, str) or not user or role is None:
             return None
-        expires_at = float(claims["exp"]) + _LEEWAY
         return Identity(user, role.of(user), SIGNED, expires_at=expires_at)
 
     def _role(self, name: Any) -> Role | None:
@@ -99,7 +105,7 @@ def open_signed_tokens(
         algorithm = "RS256"
         try:
             find_key = _public_key(data) if kind == "public_key_file" else _key_set(data)
-        except (jwt.PyJWTError, ValueError) as error:
+        except (jwt.PyJWTError, *_MALFORMED) as error:
             raise StartupError(f"The {kind} {path} holds no RSA key: {error}.") from error
     return SignedTokens(
         algorithm, find_key, issuer, audience, user_claim, role_claim, default_role, roles
