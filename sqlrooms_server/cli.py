@@ -176,10 +176,11 @@ def _welcome(settings: Settings, port: int) -> str:
         host = "localhost"
     mode = ", read-only" if settings.read_only else ""
     access = "token required" if settings.auth_token else "pages and programs of this machine"
+    secure = "s" if settings.tls_cert else ""
     lines = [
         f"sqlrooms-server {__version__}, DuckDB {DUCKDB_VERSION}",
         "",
-        f"  address   ws://{host}:{port}",
+        f"  address   ws{secure}://{host}:{port}",
         f"  database  {settings.db_path}{mode}",
     ]
     if settings.sync:
@@ -187,7 +188,7 @@ def _welcome(settings: Settings, port: int) -> str:
         lines.append(f"  rooms     {where}")
     lines += [
         f"  access    {access}",
-        f"  health    http://{host}:{port}/readyz",
+        f"  health    http{secure}://{host}:{port}/readyz",
         "",
         "Press Ctrl+C to stop.",
     ]

@@ -42,9 +42,11 @@ from sqlrooms_server.rooms.room import Outcome
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.timers import Timers
 from sqlrooms_server.transport import (
+    Certificate,
     Connection,
     Exchange,
     HttpRequest,
+    Proxies,
     Refusal,
     Transport,
     TransportLimits,
@@ -88,6 +90,9 @@ class Server:
         # Messages that came before the database was open, and their bytes.
         self._early: list[tuple[Connection, bytes, bool]] = []
         self._early_bytes = 0
+        self._certificate = (
+            Certificate(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
+        )
         self._transport = Transport(
             self,
             TransportLimits(
@@ -96,7 +101,11 @@ class Server:
                 max_queued=settings.max_queued_bytes,
                 max_connections=settings.max_connections,
                 idle_timeout=settings.idle_timeout,
+                max_per_address=settings.max_connections_per_address,
+                max_waiting=settings.max_http_connections,
             ),
+            certificate=self._certificate,
+            proxies=Proxies(settings.trusted_proxy, settings.proxy_headers),
         )
         self._health = Health(settings, self._transport.post)
         self._timers = Timers()
@@ -117,11 +126,9 @@ class Server:
         ``StartupError`` with one line that says what to do.
         """
         settings = self.settings
-        if not is_loopback(settings.host) and not self._access.needs_token:
-            raise StartupError(
-                f"--host {settings.host} can be reached from other machines, so a token is needed: "
-                "set SQLROOMS_AUTH_TOKEN or --auth-token-file, or listen on 127.0.0.1."
-            )
+        self._check_exposure()
+        if self._certificate is not None:
+            self._certificate.check()
         if settings.sync and not is_available():
             raise StartupError(
                 "--sync needs the package loro, which is not installed: "
@@ -152,6 +159,29 @@ class Server:
         self._has_started = True
         self._transport.post(self._begin)
         return port
+
+    def _check_exposure(self) -> None:
+        """What other machines can reach needs a token, and should have TLS."""
+        host = self.settings.host
+        if is_loopback(host):
+            return
+        if not self._access.needs_token:
+            if not self.settings.insecure_no_auth:
+                raise StartupError(
+                    f"--host {host} can be reached from other machines, so a token is needed: set "
+                    "SQLROOMS_AUTH_TOKEN or --auth-token-file, or listen on 127.0.0.1. "
+                    "--insecure-no-auth would let everybody in."
+                )
+            log.warning(
+                "Whoever can reach %s has full access: there is no token (--insecure-no-auth).",
+                host,
+            )
+        if self._certificate is None:
+            log.warning(
+                "Tokens and data travel readable to and from %s: use --tls-cert and --tls-key, or "
+                "listen on 127.0.0.1 behind a proxy that speaks TLS.",
+                host,
+            )
 
     def stop(self) -> bool:
         """Answer what is under way, close connections and the database; True when all ended.
