@@ -218,10 +218,11 @@ def _welcome(settings: Settings, port: int) -> str:
         if settings.auth_token or settings.tokens
         else "pages and programs of this machine"
     )
+    secure = "s" if settings.tls_cert else ""
     lines = [
         f"sqlrooms-server {__version__}, DuckDB {DUCKDB_VERSION}",
         "",
-        f"  address   ws://{host}:{port}",
+        f"  address   ws{secure}://{host}:{port}",
         f"  database  {settings.db_path}{mode}",
     ]
     if settings.sync:
@@ -229,7 +230,7 @@ def _welcome(settings: Settings, port: int) -> str:
         lines.append(f"  rooms     {where}")
     lines += [
         f"  access    {access}",
-        f"  health    http://{host}:{port}/readyz",
+        f"  health    http{secure}://{host}:{port}/readyz",
         "",
         "Press Ctrl+C to stop.",
     ]

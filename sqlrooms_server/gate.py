@@ -49,14 +49,19 @@ _UNAUTHORIZED = "unauthorized"
 class Gate:
     """Stands before every kind of frame and every request.
 
-    For the loop thread, but for :meth:`reload`. Raises ``StartupError``.
+    For the loop thread, but for :meth:`reload`.
     """
 
     def __init__(
-        self, settings: Settings, limits: Limits, timers: Timers, post: Callable[..., None]
+        self,
+        settings: Settings,
+        access: Access,
+        limits: Limits,
+        timers: Timers,
+        post: Callable[..., None],
     ) -> None:
         self._settings = settings
-        self._access = Access(settings)
+        self._access = access
         self._limits = limits
         self._timers = timers
         self._post = post

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlrooms_server import __version__
-from sqlrooms_server.access import is_loopback
+from sqlrooms_server.access import Access, is_loopback
 from sqlrooms_server.cache import ResultCache, fingerprint
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.engine import environment as engine_environment
@@ -43,9 +43,11 @@ from sqlrooms_server.rooms.room import Outcome
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.timers import Timers
 from sqlrooms_server.transport import (
+    Certificate,
     Connection,
     Exchange,
     HttpRequest,
+    Proxies,
     Refusal,
     Transport,
     TransportLimits,
@@ -83,6 +85,10 @@ class Server:
         # Messages that came before the database was open, and their bytes.
         self._early: list[tuple[Connection, bytes, bool]] = []
         self._early_bytes = 0
+        self._certificate = (
+            Certificate(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
+        )
+        access = Access(settings)
         self._transport = Transport(
             self,
             TransportLimits(
@@ -91,11 +97,16 @@ class Server:
                 max_queued=settings.max_queued_bytes,
                 max_connections=settings.max_connections,
                 idle_timeout=settings.idle_timeout,
+                max_per_address=settings.max_connections_per_address,
+                max_waiting=settings.max_http_connections,
             ),
+            certificate=self._certificate,
+            proxies=Proxies(settings.trusted_proxy, settings.proxy_headers),
+            proxy_headers=access.proxy_headers,
         )
         self._health = Health(settings, self._transport.post)
         self._timers = Timers()
-        self._gate = Gate(settings, self._limits, self._timers, self._transport.post)
+        self._gate = Gate(settings, access, self._limits, self._timers, self._transport.post)
         self.channels = Channels(
             settings,
             self._timers,
@@ -113,11 +124,9 @@ class Server:
         ``StartupError`` with one line that says what to do.
         """
         settings = self.settings
-        if not is_loopback(settings.host) and not self._gate.needs_token:
-            raise StartupError(
-                f"--host {settings.host} can be reached from other machines, so a token is needed: "
-                "set SQLROOMS_AUTH_TOKEN or --auth-token-file, or listen on 127.0.0.1."
-            )
+        self._check_exposure()
+        if self._certificate is not None:
+            self._certificate.check()
         if settings.sync and not is_available():
             raise StartupError(
                 "--sync needs the package loro, which is not installed: "
@@ -155,6 +164,29 @@ class Server:
         A file that is not right is logged, and changes nothing.
         """
         self._gate.reload()
+
+    def _check_exposure(self) -> None:
+        """What other machines can reach needs a token, and should have TLS."""
+        host = self.settings.host
+        if is_loopback(host):
+            return
+        if not self._gate.needs_token:
+            if not self.settings.insecure_no_auth:
+                raise StartupError(
+                    f"--host {host} can be reached from other machines, so a token is needed: set "
+                    "SQLROOMS_AUTH_TOKEN or --auth-token-file, or listen on 127.0.0.1. "
+                    "--insecure-no-auth would let everybody in."
+                )
+            log.warning(
+                "Whoever can reach %s has full access: there is no token (--insecure-no-auth).",
+                host,
+            )
+        if self._certificate is None:
+            log.warning(
+                "Tokens and data travel readable to and from %s: use --tls-cert and --tls-key, or "
+                "listen on 127.0.0.1 behind a proxy that speaks TLS.",
+                host,
+            )
 
     def stop(self) -> bool:
         """Answer what is under way, close connections and the database; True when all ended.

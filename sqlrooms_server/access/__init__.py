@@ -88,6 +88,9 @@ class Access:
         if proxy is None or self._file is None or not request.is_from_proxy:
             return None
         user = request.headers.get(proxy.user_header, "").strip()
+        if "," in user:
+            # Two lines, of which the client may have sent one.
+            return None
         role = proxy.role
         if proxy.role_header is not None and request.headers.get(proxy.role_header):
             role = self._file.roles.get(request.headers[proxy.role_header].strip())
