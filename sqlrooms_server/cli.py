@@ -145,7 +145,7 @@ def _serve(settings: Settings) -> NoReturn:
     # What lives now lives as long as the process; the collector need not visit it again.
     gc.freeze()
     print(_welcome(settings, port), flush=True)
-    while signals.wait() == _SIGHUP:
+    while signals.asks_to_reload():
         server.reload()
     signals.last()
     ended = server.stop()
@@ -171,7 +171,8 @@ def _raise_file_limit() -> None:
 class _Signals:
     """SIGINT and SIGTERM: the first one stops the server, the second one the process.
 
-    With ``reloads``, SIGHUP does not end the process, but asks for another look at files.
+    With ``reloads``, SIGHUP asks for another look at files, unless it tells that the terminal of
+    the server is gone.
 
     The system may hand a signal to any thread, while Python handles it in the main one, which
     may sleep; so that is woken through a socket, which works from every thread.
@@ -182,6 +183,7 @@ class _Signals:
         self._waker.setblocking(False)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         self._has_started = False
+        self._has_terminal = os.isatty(0)
         for number in _STOP_SIGNALS:
             signal.signal(number, self._received)
         if reloads and _SIGHUP is not None:
@@ -191,9 +193,11 @@ class _Signals:
         """From here on there is something to stop."""
         self._has_started = True
 
-    def wait(self) -> int:
-        """The number of the next signal, when it has come."""
-        return self._receiver.recv(1)[0]
+    def asks_to_reload(self) -> bool:
+        """Wait for a signal; False when it is to stop."""
+        if self._receiver.recv(1)[0] != _SIGHUP:
+            return False
+        return os.isatty(0) or not self._has_terminal
 
     def last(self) -> None:
         """The next signal ends the process."""

@@ -6,7 +6,10 @@ import contextlib
 import http.client
 import json
 import os
+import pty
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +50,14 @@ hash = "{digest("eve-token")}"
 
 [jwt]
 secret_file = "secret"
+"""
+
+
+IN_TERMINAL = """
+import fcntl, sys, termios
+from sqlrooms_server.cli import main
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+main(sys.argv[1:])
 """
 
 
@@ -260,6 +271,22 @@ def test_the_file_is_read_again_on_a_signal(
     assert "The tokens stay as they were. The token file" in process.errors
     for secret in ("ada-token", "bob-token", "other-token", SECRET, digest("ada-token")):
         assert secret not in process.errors
+
+
+def test_it_ends_with_its_terminal(tmp_path: Path) -> None:
+    ours, its = pty.openpty()
+    command = [sys.executable, "-c", IN_TERMINAL, "--port", "0", "--tokens", token_file(tmp_path)]
+    with subprocess.Popen(command, stdin=its, stdout=subprocess.PIPE, start_new_session=True) as it:
+        os.close(its)
+        assert it.stdout is not None
+        for line in it.stdout:
+            if b"Ctrl+C" in line:
+                break
+        os.close(ours)
+        try:
+            assert it.wait(DEADLINE) == 0
+        finally:
+            it.kill()
 
 
 def test_a_token_is_nowhere_to_be_seen(serve: Callable[..., ServerProcess]) -> None:
