@@ -19,9 +19,12 @@ from sqlrooms_server.errors import StartupError
 from sqlrooms_server.settings import Settings, environment_variable, fields, flag, load, parse
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Windows has none.
+_SIGHUP: int | None = getattr(signal, "SIGHUP", None)
 
 _EPILOG = """\
-"sqlrooms-server query SQL" asks a server that is running; see "sqlrooms-server query --help".
+"sqlrooms-server query SQL" asks a server that is running, "sqlrooms-server token new" makes a
+token; see "sqlrooms-server query --help" and "sqlrooms-server token --help".
 
 Every setting is also an environment variable (SQLROOMS_DB_PATH for --db-path) and a key of the
 TOML file given with --config (db_path = "my.duckdb"). The command line wins over the environment,
@@ -32,20 +35,46 @@ and the environment over the file.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns 2 when the server cannot start; else the process ends here.
 
-    ``query`` as the first argument is another command, of which this returns the exit status.
+    ``query`` or ``token`` as the first argument is another command, of which this returns the
+    exit status.
     """
     if arguments is None:
         arguments = sys.argv[1:]
+        if arguments[:1] not in (["query"], ["token"]):
+            _hide_token(arguments)
     if arguments[:1] == ["query"]:
         # Not at the top: either command starts without what only the other one needs.
         from sqlrooms_server import query_command
 
         return query_command.main(arguments[1:])
+    if arguments[:1] == ["token"]:
+        from sqlrooms_server import token_command
+
+        return token_command.main(arguments[1:])
     try:
         _serve(_settings(arguments))
     except StartupError as error:
         print(f"sqlrooms-server: {error}", file=sys.stderr)
         return 2
+
+
+def _hide_token(arguments: Sequence[str]) -> None:
+    """Begin again when a token is among ``arguments``: all users of the machine see those."""
+    flag_name = flag("auth_token")
+    rest, token = [], None
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument == flag_name:
+            token = next(waiting, None)
+        elif argument.startswith(f"{flag_name}="):
+            token = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    # Windows would start another process, which nobody waits for.
+    if token is not None and os.name == "posix":
+        os.environ[environment_variable("auth_token")] = token
+        interpreter = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
+        os.execv(sys.executable, [*interpreter, *rest])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -109,14 +138,16 @@ def _serve(settings: Settings) -> NoReturn:
     # Not at the top: --help needs neither DuckDB nor the native library, which may be missing.
     from sqlrooms_server.server import Server
 
-    stop = _StopSignals()
+    signals = _Signals(reloads=bool(settings.tokens))
     server = Server(settings)
     port = server.start()
-    stop.started()
+    signals.started()
     # What lives now lives as long as the process; the collector need not visit it again.
     gc.freeze()
     print(_welcome(settings, port), flush=True)
-    stop.wait()
+    while signals.asks_to_reload():
+        server.reload()
+    signals.last()
     ended = server.stop()
     if not ended:
         logging.getLogger(__name__).warning("A query could not be interrupted; left it behind.")
@@ -137,28 +168,39 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-class _StopSignals:
+class _Signals:
     """SIGINT and SIGTERM: the first one stops the server, the second one the process.
+
+    With ``reloads``, SIGHUP asks for another look at files, unless it tells that the terminal of
+    the server is gone.
 
     The system may hand a signal to any thread, while Python handles it in the main one, which
     may sleep; so that is woken through a socket, which works from every thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, reloads: bool) -> None:
         self._receiver, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         self._has_started = False
+        self._has_terminal = os.isatty(0)
         for number in _STOP_SIGNALS:
             signal.signal(number, self._received)
+        if reloads and _SIGHUP is not None:
+            signal.signal(_SIGHUP, lambda *_: None)
 
     def started(self) -> None:
         """From here on there is something to stop."""
         self._has_started = True
 
-    def wait(self) -> None:
-        """Return at the first signal; the next one ends the process."""
-        self._receiver.recv(1)
+    def asks_to_reload(self) -> bool:
+        """Wait for a signal; False when it is to stop."""
+        if self._receiver.recv(1)[0] != _SIGHUP:
+            return False
+        return os.isatty(0) or not self._has_terminal
+
+    def last(self) -> None:
+        """The next signal ends the process."""
         for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
@@ -175,11 +217,16 @@ def _welcome(settings: Settings, port: int) -> str:
     if host == "127.0.0.1":
         host = "localhost"
     mode = ", read-only" if settings.read_only else ""
-    access = "token required" if settings.auth_token else "pages and programs of this machine"
+    access = (
+        "token required"
+        if settings.auth_token or settings.tokens
+        else "pages and programs of this machine"
+    )
+    secure = "s" if settings.tls_cert else ""
     lines = [
         f"sqlrooms-server {__version__}, DuckDB {DUCKDB_VERSION}",
         "",
-        f"  address   ws://{host}:{port}",
+        f"  address   ws{secure}://{host}:{port}",
         f"  database  {settings.db_path}{mode}",
     ]
     if settings.sync:
@@ -187,7 +234,7 @@ def _welcome(settings: Settings, port: int) -> str:
         lines.append(f"  rooms     {where}")
     lines += [
         f"  access    {access}",
-        f"  health    http://{host}:{port}/readyz",
+        f"  health    http{secure}://{host}:{port}/readyz",
         "",
         "Press Ctrl+C to stop.",
     ]

@@ -44,7 +44,7 @@ class Unauthorized(ServerError):
 
 
 class Forbidden(ServerError):
-    """Not for this client; the text says what was refused, by which rule, and what would do."""
+    """The client may not do that; the text says what, and which rule forbids it."""
 
     code = "forbidden"
 

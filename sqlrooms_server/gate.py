@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
+from collections.abc import Callable
 
-from sqlrooms_server.access import Access, Identity
-from sqlrooms_server.access.roles import ADMIN
-from sqlrooms_server.errors import ServerError, Unauthorized
-from sqlrooms_server.messages import Auth, Message
+from sqlrooms_server.access import EVERYBODY, Access, Identity
+from sqlrooms_server.access.failures import Failures
+from sqlrooms_server.access.token_file import TokenFile
+from sqlrooms_server.errors import Busy, ServerError, StartupError, Unauthorized
+from sqlrooms_server.messages import (
+    Ack,
+    Auth,
+    Cancel,
+    Message,
+    RoomPresence,
+    RoomUpdate,
+    UploadChunk,
+)
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.protocol import Limits, decode, encode
+from sqlrooms_server.rates import Rates
 from sqlrooms_server.settings import Settings
+from sqlrooms_server.timers import Timer, Timers
 from sqlrooms_server.transport import HttpRequest, Refusal
 
 log = logging.getLogger(__name__)
@@ -21,19 +34,81 @@ _MAX_AUTH_BYTES = 16 << 10
 
 _AUTH_ACK = encode({"type": "authAck"})
 
-_EVERYBODY = Identity("", ADMIN)
+_CLOSE_SECONDS = 2.0
+
+# "Service Restart" of the registry of close codes (RFC 6455, section 7.4.2): clients come back.
+_RESTART = 1012
+
+# What belongs to a request that was counted, or has a limit of its own.
+_NO_REQUESTS = (Ack, Cancel, UploadChunk, RoomUpdate, RoomPresence)
+
+# Clients look for this word, and close then.
+_UNAUTHORIZED = "unauthorized"
 
 
 class Gate:
-    """Stands before every kind of frame and every request. For the loop thread."""
+    """Stands before every kind of frame and every request.
 
-    def __init__(self, settings: Settings, limits: Limits) -> None:
-        self._access = Access(settings)
+    For the loop thread, but for :meth:`reload`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        access: Access,
+        limits: Limits,
+        timers: Timers,
+        post: Callable[..., None],
+    ) -> None:
+        self._settings = settings
+        self._access = access
         self._limits = limits
+        self._timers = timers
+        self._post = post
+        self._failures = Failures(settings.max_auth_failures)
+        # Those that are connected and have not said who they are.
+        self._strangers: set[Peer] = set()
+        # Those that are known.
+        self._known: set[Peer] = set()
+        # By how much is allowed.
+        self._rates: dict[int, Rates[Peer]] = {}
+        # When a stranger has waited too long, and when an identity expires.
+        self._deadlines: dict[Peer, Timer] = {}
 
     @property
     def needs_token(self) -> bool:
         return self._access.needs_token
+
+    def reload(self) -> None:
+        """Read the file of tokens again. Who is no longer in it is disconnected.
+
+        When it is not right, what was read before holds. From any thread but the loop's.
+        """
+        try:
+            file = self._access.read_again()
+        except StartupError as error:
+            log.error("The tokens stay as they were. %s", error)
+            return
+        self._post(self._use, file)
+
+    def _use(self, file: TokenFile | None) -> None:
+        self._access.use(file)
+        self._failures.forget_known()
+        closed = 0
+        for peer in list(self._known):
+            assert peer.identity is not None
+            identity = self._access.renewed(peer.identity)
+            if identity is None:
+                self._disconnect(peer, "the token is no longer valid")
+            elif identity.role == peer.role:
+                self._admit(peer, identity)
+                continue
+            else:
+                # It may hear or hold what it is no longer allowed. It comes back with what it is.
+                peer.close(_RESTART, "The role of this token has changed; connect again.")
+                self._abort_soon(peer)
+            closed += 1
+        log.info("Read the tokens again; closed %d connections.", closed)
 
     def upgrade(self, request: HttpRequest) -> Peer | Refusal:
         """The client that a WebSocket will belong to, or why it may not come."""
@@ -42,18 +117,41 @@ class Gate:
             return refusal
         peer = Peer()
         if not self.needs_token:
-            peer.identify(_EVERYBODY)
+            peer.identify(EVERYBODY)
             return peer
-        token = self._access.token_of(request)
-        if token is not None:
-            peer.identify(self._access.identify(token))
-            peer.is_refused = peer.identity is None
+        found = self._credentials(request)
+        if isinstance(found, Refusal):
+            if found.status != 401:
+                return found
+            # It is told over the WebSocket, where clients look for it.
+            peer.is_refused = True
+        elif found is not None:
+            peer.identify(found)
+        elif len(self._strangers) >= self._settings.max_strangers:
+            return Refusal(
+                503,
+                f"{len(self._strangers)} connections have not presented a token yet, which is the "
+                "limit (--max-strangers). Present it with the upgrade.\n",
+            )
         return peer
 
     def opened(self, peer: Peer) -> None:
         """Its connection is open."""
         if peer.is_refused:
-            self._refuse(peer)
+            self._disconnect(peer)
+        elif peer.identity is not None:
+            self._admit(peer, peer.identity)
+        else:
+            self._strangers.add(peer)
+            self._after(self._settings.auth_timeout, peer, self._give_up)
+
+    def closed(self, peer: Peer) -> None:
+        """Its connection is gone."""
+        self._strangers.discard(peer)
+        self._known.discard(peer)
+        self._stop_timer(peer)
+        for rates in self._rates.values():
+            rates.forget(peer)
 
     def message(self, peer: Peer, data: bytes, is_text: bool) -> None:
         """A message of somebody without identity: only the right token gives one."""
@@ -66,16 +164,38 @@ class Gate:
         if isinstance(message, Auth):
             self.authenticate(peer, message)
         else:
-            self._refuse(peer)
+            self._disconnect(peer)
 
     def authenticate(self, peer: Peer, message: Auth) -> None:
-        """Answer ``message``."""
-        if self.needs_token:
-            peer.identify(self._access.identify(message.token))
-        if peer.identity is None:
-            self._refuse(peer)
-        else:
+        """Answer ``message``. Somebody who is known may present another token of the same user
+        and role, such as one that expires later.
+        """
+        if not self.needs_token:
             peer.send(_AUTH_ACK)
+            return
+        found = self._identify(message.token, peer.remote_address)
+        if isinstance(found, Refusal):
+            self._disconnect(peer, found.text.strip() if found.status == 429 else "")
+        elif peer.identity is not None and (found.user, found.role) != (
+            peer.identity.user,
+            peer.role,
+        ):
+            self._disconnect(peer, "this token is of another user or role; connect again with it")
+        else:
+            self._admit(peer, found)
+            peer.send(_AUTH_ACK)
+
+    def check_rate(self, peer: Peer, message: Message) -> None:
+        """Raise ``Busy`` when ``peer`` asks more often than its role may."""
+        rate = peer.role.request_rate
+        if rate and not isinstance(message, _NO_REQUESTS):
+            rates = self._rates.setdefault(rate, Rates(rate))
+            if not rates.allows(peer):
+                text = (
+                    f"This connection sends more than {rate} requests a second, which is the "
+                    f"limit of role {peer.role.name!r}."
+                )
+                raise Busy(text, getattr(message, "query_id", None))
 
     def identity_of(self, request: HttpRequest) -> Identity | Refusal:
         """Who sent ``request``, or why it is not answered."""
@@ -83,10 +203,8 @@ class Gate:
         if refusal is not None:
             return refusal
         if not self.needs_token:
-            return _EVERYBODY
-        token = self._access.token_of(request)
-        identity = None if token is None else self._access.identify(token)
-        return identity or Refusal(401, "unauthorized")
+            return EVERYBODY
+        return self._credentials(request) or Refusal(401, _UNAUTHORIZED)
 
     def _refusal(self, request: HttpRequest) -> Refusal | None:
         reason = self._access.origins.refuses(request)
@@ -95,9 +213,74 @@ class Gate:
         log.warning("Refused a request from %s: %s.", request.remote_address, reason)
         return Refusal(403, f"{reason}\n")
 
-    def _refuse(self, peer: Peer) -> None:
+    def _credentials(self, request: HttpRequest) -> Identity | Refusal | None:
+        """Who sent ``request``; None when it does not say."""
+        identity = self._access.of_proxy(request)
+        if identity is not None:
+            return identity
+        token = self._access.token_of(request)
+        return None if token is None else self._identify(token, request.remote_address)
+
+    def _identify(self, token: str, address: str) -> Identity | Refusal:
+        wait = self._failures.wait(address, token)
+        if wait:
+            text = f"Too many wrong tokens from {address}; wait {wait} s (--max-auth-failures).\n"
+            return Refusal(429, text)
+        identity = self._access.identify(token)
+        if identity is None:
+            self._failures.count(address)
+            return Refusal(401, _UNAUTHORIZED)
+        self._failures.remember(address, token)
+        return identity
+
+    def _admit(self, peer: Peer, identity: Identity) -> None:
+        peer.identify(identity)
+        self._strangers.discard(peer)
+        self._known.add(peer)
+        self._stop_timer(peer)
+        if identity.expires_at is not None:
+            self._after(identity.expires_at - time.time(), peer, self._expire)
+
+    def _give_up(self, peer: Peer) -> None:
+        if peer in self._strangers:
+            seconds = self._settings.auth_timeout
+            self._disconnect(peer, f"no token came within {seconds} s (--auth-timeout)")
+
+    def _expire(self, peer: Peer) -> None:
+        identity = peer.identity
+        if identity is None or identity.expires_at is None or peer not in self._known:
+            return
+        # The clock may have been set back, and another token may have come meanwhile.
+        if identity.expires_at > time.time():
+            self._admit(peer, identity)
+        else:
+            self._disconnect(peer, "the token has expired")
+
+    def _disconnect(self, peer: Peer, reason: str = "") -> None:
+        """Tell ``peer`` that it is not, or no longer, authorised, and close it."""
         peer.is_refused = True
         peer.identify(None)
-        log.warning("Closed a connection from %s without a valid token.", peer.remote_address)
-        peer.send_error(Unauthorized("unauthorized"))
-        peer.close(1008, "unauthorized")
+        self.closed(peer)
+        log.warning(
+            "Closed a connection from %s: %s.", peer.remote_address, reason or "no valid token"
+        )
+        text = f"{_UNAUTHORIZED}: {reason}" if reason else _UNAUTHORIZED
+        peer.send_error(Unauthorized(text))
+        peer.close(1008, text)
+        self._abort_soon(peer)
+
+    def _abort_soon(self, peer: Peer) -> None:
+        """What it is being sent goes first, but not for long."""
+        self._timers.after(_CLOSE_SECONDS, lambda: self._post(peer.abort))
+
+    def _after(self, seconds: float, peer: Peer, then: Callable[[Peer], None]) -> None:
+        self._deadlines[peer] = self._timers.after(seconds, lambda: self._post(then, peer))
+
+    def _stop_timer(self, peer: Peer) -> None:
+        timer = self._deadlines.pop(peer, None)
+        if timer is not None:
+            timer.cancel()
+
+
+def _is_same(one: Identity, other: Identity) -> bool:
+    return one.user == other.user and one.role == other.role

@@ -104,6 +104,11 @@ class Peer:
         if self._connection is not None:
             self._connection.close(code, reason)
 
+    def abort(self) -> None:
+        """Close at once."""
+        if self._connection is not None:
+            self._connection.abort()
+
 
 class Audience:
     """Clients that hear the same text messages, in the same order."""

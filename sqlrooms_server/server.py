@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlrooms_server import __version__
-from sqlrooms_server.access import is_loopback
+from sqlrooms_server.access import Access, is_loopback
 from sqlrooms_server.cache import ResultCache, fingerprint
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.engine import environment as engine_environment
@@ -44,9 +44,11 @@ from sqlrooms_server.rooms.room import Outcome
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.timers import Timers
 from sqlrooms_server.transport import (
+    Certificate,
     Connection,
     Exchange,
     HttpRequest,
+    Proxies,
     Refusal,
     Transport,
     TransportLimits,
@@ -76,7 +78,6 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._limits = Limits(settings.max_message_size, settings.max_sql_length)
-        self._gate = Gate(settings, self._limits)
         self._handlers: dict[type, MessageHandler] = {}
         self._cache: ResultCache | None = None
         self._has_started = False
@@ -85,6 +86,10 @@ class Server:
         # Messages that came before the database was open, and their bytes.
         self._early: list[tuple[Connection, bytes, bool]] = []
         self._early_bytes = 0
+        self._certificate = (
+            Certificate(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
+        )
+        access = Access(settings)
         self._transport = Transport(
             self,
             TransportLimits(
@@ -93,10 +98,16 @@ class Server:
                 max_queued=settings.max_queued_bytes,
                 max_connections=settings.max_connections,
                 idle_timeout=settings.idle_timeout,
+                max_per_address=settings.max_connections_per_address,
+                max_waiting=settings.max_http_connections,
             ),
+            certificate=self._certificate,
+            proxies=Proxies(settings.trusted_proxy, settings.proxy_headers),
+            proxy_headers=access.proxy_headers,
         )
         self._health = Health(settings, self._transport.post)
         self._timers = Timers()
+        self._gate = Gate(settings, access, self._limits, self._timers, self._transport.post)
         self.channels = Channels(
             settings,
             self._timers,
@@ -114,11 +125,9 @@ class Server:
         ``StartupError`` with one line that says what to do.
         """
         settings = self.settings
-        if not is_loopback(settings.host) and not self._gate.needs_token:
-            raise StartupError(
-                f"--host {settings.host} can be reached from other machines, so a token is needed: "
-                "set SQLROOMS_AUTH_TOKEN or --auth-token-file, or listen on 127.0.0.1."
-            )
+        self._check_exposure()
+        if self._certificate is not None:
+            self._certificate.check()
         if settings.sync and not is_available():
             raise StartupError(
                 "--sync needs the package loro, which is not installed: "
@@ -126,6 +135,7 @@ class Server:
             )
         with contextlib.ExitStack() as undo:
             undo.callback(self.channels.stop)
+            undo.callback(self._timers.close)
             port = self._transport.start(settings.host, settings.port)
             undo.callback(lambda: self._transport.stop(time.monotonic()))
             restore_cache = self._open_cache()
@@ -143,7 +153,6 @@ class Server:
             self._open_rooms()
             self._engine.lock()
             undo.callback(lambda: self._close_rooms(time.monotonic(), time.monotonic() + 1.0))
-            undo.callback(self._timers.close)
             self._scheduler = Scheduler(settings.worker_count, settings.max_queue, self._timers)
             undo.callback(lambda: self._scheduler.close(time.monotonic() + _QUERIES_STOPPED_BY))
             self._join_features()
@@ -151,6 +160,36 @@ class Server:
         self._has_started = True
         self._transport.post(self._begin)
         return port
+
+    def reload(self) -> None:
+        """Read the file of tokens again, and close the connections of those that are gone.
+
+        A file that is not right is logged, and changes nothing.
+        """
+        self._gate.reload()
+
+    def _check_exposure(self) -> None:
+        """What other machines can reach needs a token, and should have TLS."""
+        host = self.settings.host
+        if is_loopback(host):
+            return
+        if not self._gate.needs_token:
+            if not self.settings.insecure_no_auth:
+                raise StartupError(
+                    f"--host {host} can be reached from other machines, so a token is needed: set "
+                    "SQLROOMS_AUTH_TOKEN or --auth-token-file, or listen on 127.0.0.1. "
+                    "--insecure-no-auth would let everybody in."
+                )
+            log.warning(
+                "Whoever can reach %s has full access: there is no token (--insecure-no-auth).",
+                host,
+            )
+        if self._certificate is None:
+            log.warning(
+                "Tokens and data travel readable to and from %s: use --tls-cert and --tls-key, or "
+                "listen on 127.0.0.1 behind a proxy that speaks TLS.",
+                host,
+            )
 
     def stop(self) -> bool:
         """Answer what is under way, close connections and the database; True when all ended.
@@ -338,6 +377,7 @@ class Server:
 
     def closed(self, connection: Connection) -> None:
         peer: Peer = connection.handler_data
+        self._gate.closed(peer)
         for feature in self._features:
             feature.closed(peer)
         log.debug("%s left.", peer.id)
@@ -372,6 +412,8 @@ class Server:
         if isinstance(message, Auth):
             self._gate.authenticate(peer, message)
         else:
+            if peer.role.request_rate:
+                self._gate.check_rate(peer, message)
             self._handlers[type(message)](peer, message)
 
 

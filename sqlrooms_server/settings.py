@@ -50,6 +50,22 @@ class Settings:
 
     host: str = _setting("127.0.0.1", "Address or host name to listen on.")
     port: int = _setting(4000, "TCP port to listen on; 0 takes a free one.")
+    tls_cert: str = _setting(
+        "",
+        "PEM file of a certificate, with those between it and its authority: clients use wss:// "
+        "and https:// then, and nothing else.",
+    )
+    tls_key: str = _setting("", "PEM file of the key of that certificate, not encrypted.")
+    trusted_proxy: tuple[str, ...] = _setting(
+        (),
+        "Proxies that are believed what they say of their clients: addresses, networks such as "
+        "10.0.0.0/8, or unix for all that come over the Unix socket.",
+    )
+    proxy_headers: str = _setting(
+        "x-forwarded",
+        "The headers in which they say it: x-forwarded (X-Forwarded-For, -Proto and -Host) or "
+        "forwarded (RFC 7239).",
+    )
     db_path: str = _setting(
         ":memory:", "DuckDB database file; created with its directory when it does not exist."
     )
@@ -88,7 +104,26 @@ class Settings:
         secret=True,
     )
     auth_token_file: str = _setting("", "File whose first line is the token.")
+    insecure_no_auth: bool = _setting(
+        False,
+        "Listen for other machines without a token: whoever reaches the port can do whatever the "
+        "server can.",
+    )
     auth_cookie: str = _setting("", "Name of a cookie that may carry the token at the upgrade.")
+    tokens: str = _setting(
+        "", "TOML file with several tokens, their roles, and keys of signed tokens (JWT)."
+    )
+    auth_timeout: int = _setting(
+        10, "Seconds in which a client must present a token before it is disconnected."
+    )
+    max_auth_failures: int = _setting(
+        20,
+        "Wrong tokens of one address in a minute; after them it must wait, but for tokens that "
+        "were right there before.",
+    )
+    max_strangers: int = _setting(
+        1000, "Connections at one time that have not presented a token yet."
+    )
     allow_origin: tuple[str, ...] = _setting(
         (),
         "Origins of web pages that may connect, besides pages from this machine: "
@@ -100,6 +135,15 @@ class Settings:
         "data.example.com, or * for any.",
     )
     max_connections: int = _setting(10_000, "WebSocket connections at one time.")
+    max_connections_per_address: int = _setting(
+        1000,
+        "Connections of one IP address (of IPv6: of a /64 network), requests over HTTP included; "
+        "those of a trusted proxy count for the clients behind it.",
+    )
+    max_http_connections: int = _setting(
+        1000,
+        "Sockets that are no WebSockets: over it, the one that has been silent longest is closed.",
+    )
     max_message_size: int = _setting(
         128 << 20, "Largest message a client may send, uploads included.", unit="size"
     )
@@ -196,9 +240,14 @@ class Settings:
         for name, low, high in (
             ("port", 0, 65535),
             ("max_connections", 1, 1_000_000),
+            ("max_connections_per_address", 1, 1_000_000),
+            ("max_http_connections", 1, 1_000_000),
             # The transport counts a message in 32 bits and is told twice this size.
             ("max_message_size", 1 << 10, 1 << 30),
             ("max_sql_length", 1 << 10, 1 << 30),
+            ("auth_timeout", 1, 3600),
+            ("max_auth_failures", 1, 1_000_000),
+            ("max_strangers", 1, 1_000_000),
             ("max_in_flight", 1, 1_000_000),
             ("max_queue", 1, 1_000_000),
             ("max_queued_bytes", 1 << 20, 1 << 40),
@@ -245,6 +294,13 @@ class Settings:
                 "--allow-dir opens directories to the clients of a sandbox; give --sandbox too. "
                 "Without it they can read every file that the server can."
             )
+        if self.proxy_headers not in ("x-forwarded", "forwarded"):
+            raise StartupError(
+                f"--proxy-headers must be x-forwarded or forwarded, not {self.proxy_headers!r}."
+            )
+        if bool(self.tls_cert) != bool(self.tls_key):
+            given, missing = ("cert", "key") if self.tls_cert else ("key", "cert")
+            raise StartupError(f"--tls-{given} needs --tls-{missing}, which is missing.")
         if self.max_notify_size > self.max_queued_bytes:
             raise StartupError(
                 f"--max-notify-size ({self.max_notify_size}) is more than --max-queued-bytes "
@@ -338,13 +394,19 @@ def parse(field: dataclasses.Field[Any], text: str, source: str) -> Any:
     return text
 
 
-def _from_file(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The TOML file ``path``, which errors call ``what``. Raises ``StartupError``."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise StartupError(f"Cannot read the settings file {path}: {error.strerror}.") from error
+        raise StartupError(f"Cannot read the {what} {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise StartupError(f"The settings file {path} is not valid TOML: {error}.") from error
+        raise StartupError(f"The {what} {path} is not valid TOML: {error}.") from error
+    return table
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    table = read_toml(path, "settings file")
     known = {field.name: field for field in fields()}
     values = {}
     for key, value in table.items():

@@ -40,7 +40,7 @@ class ServerProcess:
             env={**os.environ, **environment},
         )
         self.welcome = self._read_welcome()
-        address = re.search(r"ws://\S+:(\d+)", self.welcome)
+        address = re.search(r"wss?://\S+:(\d+)", self.welcome)
         if address is None:
             self.process.kill()
             self.wait()

@@ -5,29 +5,20 @@
 
 from __future__ import annotations
 
-import http.server
 import json
-import os
-import queue
-import signal
-import subprocess
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import pytest
 
+from tests.chromium import Report, open_page, serve_pages
 from tests.conftest import ServerProcess
-from tests.npm import PROJECT, find_program, install_packages, run, run_node
+from tests.npm import PROJECT, install_packages, run, run_node
 
 # The scenario gives up by itself after 150 seconds and reports what it has.
 SCENARIO_DEADLINE = 180
 TEST_DEADLINE = 300
-SHUTDOWN_DEADLINE = 10
 
 # A URL has to quote this one.
 TOKEN = "right/token+with=signs&more"
@@ -42,22 +33,6 @@ SALES = """
     from range(1000)
 """
 
-CHROMIUM_FLAGS = [
-    "--headless",
-    # The sandbox refuses root and most containers; the only page is ours.
-    "--no-sandbox",
-    "--disable-gpu",
-    # Containers often have a /dev/shm too small for it.
-    "--disable-dev-shm-usage",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-logging=stderr",
-]
-
-Report = dict[str, Any]
 Runner = Callable[[Path, str, Path], Report]
 
 
@@ -94,96 +69,13 @@ def in_node(bundle: Path, request: str, tmp_path: Path) -> Report:
 
 
 def in_chromium(bundle: Path, request: str, tmp_path: Path) -> Report:
-    """Serves the page, opens it in a Chromium of its own and waits for what it posts."""
-    program = find_program(
-        "chromium",
-        "chromium-browser",
-        "google-chrome-stable",
-        "google-chrome",
-        install="apt-get install chromium",
-    )
-    reports: queue.Queue[Report] = queue.Queue()
-    log = tmp_path / "chromium.log"
-    with (
-        serve_page(bundle, request, reports) as url,
-        open_browser([program, *CHROMIUM_FLAGS, url], log, reports),
-    ):
-        try:
-            return reports.get(timeout=SCENARIO_DEADLINE)
-        except queue.Empty:
-            return {"error": f"no report:\n{log.read_text(errors='replace')[-4000:]}"}
-
-
-@contextmanager
-def serve_page(bundle: Path, request: str, reports: queue.Queue[Report]) -> Iterator[str]:
-    """The page's own server, on a port that is free: the URL of the page."""
     content = {
         "/page.html": ("text/html", (bundle / "page.html").read_bytes()),
         "/page.js": ("text/javascript", (bundle / "page.js").read_bytes()),
         "/request": ("application/json", request.encode()),
     }
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            media_type, body = content.get(self.path, ("", b""))
-            self.send_response(200 if media_type else 404)
-            self.send_header("Content-Type", media_type or "text/plain")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_POST(self) -> None:
-            length = int(self.headers["Content-Length"])
-            reports.put(json.loads(self.rfile.read(length)))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Keeps the output of the tests clean."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/page.html"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-@contextmanager
-def open_browser(command: list[str], log: Path, reports: queue.Queue[Report]) -> Iterator[None]:
-    """A browser with a fresh profile; one that ends before its time reports that itself."""
-    with (
-        # Short, because it holds a socket; a helper may still write while it is removed.
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory,
-        log.open("wb") as output,
-    ):
-        process = subprocess.Popen(
-            [*command, f"--user-data-dir={directory}/profile"],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "TMPDIR": directory},
-            # Its helpers are its process group, which can then be ended as one.
-            start_new_session=True,
-        )
-
-        def watch() -> None:
-            status = process.wait()
-            tail = log.read_text(errors="replace")[-4000:]
-            reports.put({"error": f"the browser ended with {status}:\n{tail}"})
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        try:
-            yield
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-                watcher.join(SHUTDOWN_DEADLINE)
-                os.killpg(process.pid, signal.SIGKILL)
-            watcher.join()
+    with serve_pages(content) as site, open_page(site, site.url(), tmp_path / "chromium.log"):
+        return site.report(SCENARIO_DEADLINE)
 
 
 @pytest.mark.timeout(TEST_DEADLINE)

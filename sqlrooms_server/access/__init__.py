@@ -2,34 +2,106 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
+import time
+from pathlib import Path
 from urllib.parse import parse_qs
 
 from sqlrooms_server.access.origins import Origins, is_loopback
 from sqlrooms_server.access.roles import ADMIN, Identity
+from sqlrooms_server.access.signed import SIGNED
+from sqlrooms_server.access.token_file import TokenEntry, TokenFile, read_token_file
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.transport.http import HttpRequest
 
 __all__ = ["Access", "Identity", "is_loopback"]
 
+# What identities come from, besides signed tokens.
+_SHARED = "shared token"
+_LISTED = "token file"
+_PROXY = "proxy"
+
+EVERYBODY = Identity("", ADMIN)
+
 
 class Access:
-    """The rules of one server."""
+    """The rules of one server. Raises ``StartupError`` for a file of tokens that is not right."""
 
     def __init__(self, settings: Settings) -> None:
         self.origins = Origins(settings)
-        self._token = settings.auth_token.encode()
+        self._token = _digest(settings.auth_token) if settings.auth_token else None
         self._cookie = settings.auth_cookie
+        self._path = Path(settings.tokens) if settings.tokens else None
+        self._file: TokenFile | None = None if self._path is None else read_token_file(self._path)
 
     @property
     def needs_token(self) -> bool:
-        return bool(self._token)
+        return self._token is not None or self._file is not None
+
+    def read_again(self) -> TokenFile | None:
+        """The file of tokens as it is now, for :meth:`use`. Raises ``StartupError``."""
+        return None if self._path is None else read_token_file(self._path)
+
+    def use(self, file: TokenFile | None) -> None:
+        """From here on ``file`` holds."""
+        self._file = file
 
     def identify(self, token: str) -> Identity | None:
         """Whose ``token`` is; None when it is wrong. Takes the same time wherever it differs."""
-        if hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._token):
-            return Identity("", ADMIN)
-        return None
+        digest = _digest(token)
+        found = None
+        if self._token is not None and hmac.compare_digest(digest, self._token):
+            found = Identity("", ADMIN, _SHARED)
+        if self._file is None:
+            return found
+        # All of them, so that the time does not tell which one it resembles.
+        for entry in self._file.tokens:
+            if hmac.compare_digest(digest, entry.digest):
+                found = _listed(entry)
+        if found is None and self._file.signed is not None and token.count(".") == 2:
+            found = self._file.signed.identify(token)
+        return found
+
+    def renewed(self, identity: Identity) -> Identity | None:
+        """``identity`` by the rules that hold now; None when they no longer know it.
+
+        What was signed stays right until it expires.
+        """
+        file = self._file
+        if identity.source == _SHARED or file is None:
+            return identity
+        if identity.source == _LISTED:
+            entries = (one for one in file.tokens if one.digest == identity.digest)
+            entry = next(entries, None)
+            return None if entry is None else _listed(entry)
+        known = file.signed if identity.source == SIGNED else file.proxy
+        role = file.roles.get(identity.role.name)
+        if known is None or role is None:
+            return None
+        user = identity.user
+        return Identity(user, role.of(user), identity.source, expires_at=identity.expires_at)
+
+    def of_proxy(self, request: HttpRequest) -> Identity | None:
+        """Whom a trusted proxy names; None when it names nobody."""
+        proxy = None if self._file is None else self._file.proxy
+        if proxy is None or self._file is None or not request.is_from_proxy:
+            return None
+        user = request.headers.get(proxy.user_header, "").strip()
+        if "," in user:
+            # Two lines, of which the client may have sent one.
+            return None
+        role = proxy.role
+        if proxy.role_header is not None and request.headers.get(proxy.role_header):
+            role = self._file.roles.get(request.headers[proxy.role_header].strip())
+        return Identity(user, role.of(user), _PROXY) if user and role is not None else None
+
+    @property
+    def proxy_headers(self) -> tuple[str, ...]:
+        """The names of the headers in which a trusted proxy names users, and their roles."""
+        proxy = None if self._file is None else self._file.proxy
+        names = () if proxy is None else (proxy.user_header, proxy.role_header)
+        return tuple(name for name in names if name is not None)
 
     def token_of(self, request: HttpRequest) -> str | None:
         """The token that came with an upgrade; None when there was none."""
@@ -45,3 +117,15 @@ class Access:
                 if name == self._cookie:
                     return value
         return None
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+
+
+def _listed(entry: TokenEntry) -> Identity | None:
+    """The identity of a token in the file, unless it has expired."""
+    if entry.expires_at is not None and entry.expires_at <= time.time():
+        return None
+    role = entry.role.of(entry.user)
+    return Identity(entry.user, role, _LISTED, entry.digest, entry.expires_at)

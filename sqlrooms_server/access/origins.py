@@ -27,8 +27,9 @@ class Origins:
         tells the page's origin, and the host name that the page used, which is foreign when a
         domain was pointed at this address (DNS rebinding). Other programs send no origin.
         """
-        host = request.headers.get("host", "")
-        if ANY not in self._hosts:
+        for host in (request.headers.get("host", ""), request.forwarded_host):
+            if host is None or ANY in self._hosts:
+                continue
             name = _host_name(host)
             if not is_loopback(name) and name not in self._hosts:
                 return f"host {host!r} is not allowed; --allow-host {name or 'NAME'} would"

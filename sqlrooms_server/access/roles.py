@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sqlrooms_server.db.policy import UNRESTRICTED, Policy
+
+_USER = "{user}"
 
 
 class Names:
@@ -16,22 +18,37 @@ class Names:
     """
 
     def __init__(self, patterns: Iterable[str], user: str = "") -> None:
-        self.patterns = tuple(patterns)
-        self._has_all = "*" in self.patterns
-        self._matches = re.compile("|".join(_expression(pattern, user) for pattern in patterns))
+        self._patterns = tuple(patterns)
+        self._user = user if any(_USER in pattern for pattern in self._patterns) else ""
+        self._has_all = "*" in self._patterns
+        expressions = (_expression(pattern, user) for pattern in self._patterns)
+        self._matches = re.compile("|".join(expressions))
 
     def __contains__(self, name: str) -> bool:
         if self._has_all:
             return True
-        return bool(self.patterns) and self._matches.fullmatch(name) is not None
+        return bool(self._patterns) and self._matches.fullmatch(name) is not None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Names) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __str__(self) -> str:
+        return ", ".join(p.replace(_USER, self._user or _USER) for p in self._patterns) or "none"
 
     def of(self, user: str) -> Names:
         """The names when ``{user}`` is ``user``."""
-        return Names(self.patterns, user) if any("{user}" in p for p in self.patterns) else self
+        return Names(self._patterns, user)
+
+    @property
+    def _key(self) -> tuple[tuple[str, ...], str]:
+        return self._patterns, self._user
 
 
 def _expression(pattern: str, user: str) -> str:
-    parts = (re.escape(part).replace(r"\*", "(?s:.*)") for part in pattern.split("{user}"))
+    parts = (re.escape(part).replace(r"\*", "(?s:.*)") for part in pattern.split(_USER))
     return "(?:" + re.escape(user).join(parts) + ")"
 
 
@@ -43,7 +60,7 @@ NO_NAMES = Names([])
 class Role:
     """What everybody of a role may do. Of the numbers, 0 means that the role sets no limit.
 
-    ``query_timeout`` is seconds, ``message_rate`` messages in a second and connection.
+    ``query_timeout`` is seconds, ``request_rate`` requests in a second and connection.
     """
 
     name: str
@@ -54,7 +71,22 @@ class Role:
     write_rooms: Names = ALL_NAMES
     max_result_rows: int = 0
     query_timeout: int = 0
-    message_rate: int = 0
+    request_rate: int = 0
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether it may do everything that the server allows anybody."""
+        return self.name == ADMIN.name
+
+    def of(self, user: str) -> Role:
+        """The role as ``user`` has it."""
+        return replace(
+            self,
+            read_channels=self.read_channels.of(user),
+            write_channels=self.write_channels.of(user),
+            read_rooms=self.read_rooms.of(user),
+            write_rooms=self.write_rooms.of(user),
+        )
 
 
 ADMIN = Role(name="admin")
@@ -72,13 +104,15 @@ NOBODY = Role(
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Somebody whose credentials were right. ``user`` is empty for those who share one token.
+    """Somebody whose credentials were right.
 
-    ``credential`` tells which one it was, so that it can be looked up again after the file of
-    tokens has changed. ``expires_at`` is in seconds since 1970.
+    ``user`` is empty for those who share one token, or need none. ``source`` tells what made it,
+    see :class:`access.Access`; ``digest`` is the SHA-256 of its token in the file of tokens.
+    ``expires_at`` is in seconds since 1970.
     """
 
     user: str
     role: Role
-    credential: bytes = field(default=b"", repr=False)
+    source: str = ""
+    digest: bytes = field(default=b"", repr=False)
     expires_at: float | None = None

@@ -101,9 +101,14 @@ class Engine:
             self._sandbox.functions,
         )
 
+    def bounded(self, policy: Policy) -> Policy:
+        """``policy`` of somebody within what the sandbox allows everybody."""
+        base = self._sandbox.policy
+        return policy if base.is_open else policy.within(base)
+
     def cursor(self, policy: Policy = UNRESTRICTED) -> Cursor:
-        """A fresh cursor for one job, which ``policy`` bounds. Raises ``QueryError`` when the
-        database is closed."""
+        """A fresh cursor for one job, of the server itself unless ``policy``, as :meth:`bounded`
+        returned it, says what it may do. Raises ``QueryError`` when the database is closed."""
         return Cursor(self.native_cursor(), self, policy=policy)
 
     def native_cursor(self) -> duckdb.DuckDBPyConnection:

@@ -9,7 +9,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import duckdb
 
@@ -38,10 +38,12 @@ def base_policy(settings: Settings) -> Policy:
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """``is_on``: DuckDB is locked. ``functions`` of extensions may be called by the restricted."""
+    """``policy`` bounds everybody; unless it is open, DuckDB is locked. ``functions`` of extensions
+    may be called by the restricted.
+    """
 
-    is_on: bool = False
-    directories: Directories = Directories()
+    policy: Policy = UNRESTRICTED
+    directories: Directories = field(default_factory=Directories)
     functions: tuple[str, ...] = ()
     temp_directory: str = ""
     temp_size: int = 0
@@ -62,7 +64,7 @@ class Sandbox:
             if path and path != files.MEMORY:
                 directories.refuse(name, path)
         return cls(
-            bool(settings.sandbox),
+            base_policy(settings),
             directories,
             settings.sandbox_functions,
             settings.temp_directory,
@@ -72,14 +74,14 @@ class Sandbox:
     @property
     def config(self) -> dict[str, str]:
         """What DuckDB must be told when it opens the database."""
-        if not self.is_on:
+        if self.policy.is_open:
             return {}
         return {"allow_persistent_secrets": "false", "autoload_known_extensions": "false"}
 
     @contextlib.contextmanager
     def locked(self, connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
         """While the database serves clients. After everything that is loaded and attached."""
-        if not self.is_on:
+        if self.policy.is_open:
             yield
             return
         with contextlib.ExitStack() as stack:

@@ -9,10 +9,10 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 from sqlrooms_server.access import Identity
-from sqlrooms_server.errors import BadRequest, Busy, NotFound, ServerError, TooLarge
+from sqlrooms_server.access.roles import NOBODY, Role
+from sqlrooms_server.errors import BadRequest, Busy, Forbidden, NotFound, ServerError, TooLarge
 from sqlrooms_server.features import Feature, MessageHandler, Route
 from sqlrooms_server.features.backlog import Backlog
-from sqlrooms_server.features.rates import Rates
 from sqlrooms_server.hub import Channel, Hearing, Hub, Said
 from sqlrooms_server.messages import Notify, Presence, Subscribe, Target, Unsubscribe
 from sqlrooms_server.peer import Audience, Peer
@@ -25,6 +25,7 @@ from sqlrooms_server.protocol import (
     encode_said,
     with_offset,
 )
+from sqlrooms_server.rates import Rates
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.timers import Timers
 from sqlrooms_server.transport import Exchange, HttpRequest
@@ -38,7 +39,7 @@ _MAX_TOLD_MEMBERS = 1000
 _MAX_PUBLISHED = 10_000
 _MAX_PUBLISHED_BYTES = 16 << 20
 
-_STATUS = {"bad_request": 400, "too_large": 413, "busy": 429}
+_STATUS = {"bad_request": 400, "forbidden": 403, "too_large": 413, "busy": 429}
 
 
 @dataclass(slots=True)
@@ -145,6 +146,9 @@ class Channels(Feature):
     def _subscribe(self, peer: Peer, message: Subscribe) -> None:
         self._flush()
         name = message.channel
+        if name not in peer.role.read_channels:
+            text = f"The role {peer.role.name!r} may not hear channel {name!r} (read_channels)."
+            raise _refused(Forbidden, text, message)
         mine = self._hub.channels_of(peer)
         if name not in mine:
             if len(mine) >= self._settings.max_channels_per_connection:
@@ -212,6 +216,7 @@ class Channels(Feature):
         )
 
     def _notify(self, peer: Peer, message: Notify) -> None:
+        _check_role(peer.role, message.channel, message)
         self._check_size(message.size, message.channel, message)
         if not self._rates.allows(peer):
             raise _refused(
@@ -313,16 +318,16 @@ class Channels(Feature):
             text = f"There are {limit} channels, which is the limit (--max-channels)."
             raise _refused(Busy, text, message)
 
-    def _http(self, request: HttpRequest, exchange: Exchange, _: Identity | None) -> None:
+    def _http(self, request: HttpRequest, exchange: Exchange, sender: Identity | None) -> None:
         try:
-            answer = self._publish_over_http(request)
+            answer = self._publish_over_http(request, sender)
         except ServerError as error:
             body = encode({"error": str(error), "code": error.code})
             exchange.respond_json(_STATUS[error.code], body)
         else:
             exchange.respond_json(200, encode(answer))
 
-    def _publish_over_http(self, request: HttpRequest) -> dict[str, Any]:
+    def _publish_over_http(self, request: HttpRequest, sender: Identity | None) -> dict[str, Any]:
         # Pages of other origins may send forms and plain text without asking, JSON not.
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -331,6 +336,7 @@ class Channels(Feature):
             name = channel_name(unquote(request.path.removeprefix("/channels/"), errors="strict"))
         except UnicodeDecodeError as error:
             raise BadRequest("The name of the channel is not UTF-8.") from error
+        _check_role(NOBODY if sender is None else sender.role, name, None)
         if not self._rates.allows(request.remote_address):
             rate = self._settings.notify_rate
             raise Busy(f"This address sends more than {rate} messages a second (--notify-rate).")
@@ -343,6 +349,12 @@ class Channels(Feature):
         if to is None and self._settings.channel_history:
             self._check_room(name, None)
         return {"channel": name, "delivered": self._say(name, plain, to, None, b"")}
+
+
+def _check_role(role: Role, channel: str, message: Notify | None) -> None:
+    if channel not in role.write_channels:
+        text = f"The role {role.name!r} may not send to channel {channel!r} (write_channels)."
+        raise _refused(Forbidden, text, message)
 
 
 def _refused(

@@ -102,7 +102,10 @@ class Connections(Feature):
         self._post(run)
         return answer.result(_ANSWER_SECONDS)
 
-    def _http(self, request: HttpRequest, exchange: Exchange, _: Identity | None) -> None:
+    def _http(self, request: HttpRequest, exchange: Exchange, asker: Identity | None) -> None:
+        if asker is None or not asker.role.is_admin:
+            exchange.respond(403, b"only the role admin sees who is connected")
+            return
         connections = [
             {
                 "connectionId": info.id,

@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from sqlrooms_server.errors import BadRequest, Busy, ServerError, TooLarge
+from sqlrooms_server.errors import BadRequest, Busy, Forbidden, ServerError, TooLarge
 from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.membership import Change, Member
-from sqlrooms_server.features.rates import Rates
 from sqlrooms_server.features.room_answers import (
     BARE,
     FRAMED,
@@ -31,6 +30,7 @@ from sqlrooms_server.messages import (
 )
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.protocol import encode, encode_error
+from sqlrooms_server.rates import Rates
 from sqlrooms_server.rooms.pool import Pool
 from sqlrooms_server.rooms.room import (
     Answered,
@@ -121,6 +121,9 @@ class Rooms(Feature):
 
     def _join(self, peer: Peer, message: RoomJoin) -> None:
         name = message.room
+        if name not in peer.role.read_rooms:
+            text = f"The role {peer.role.name!r} may not join room {name!r} (read_rooms)."
+            self._refuse(name, Forbidden(text))
         mine = self._of_peer.setdefault(peer, {})
         member = mine.get(name)
         if member is None:
@@ -166,8 +169,10 @@ class Rooms(Feature):
             member = self._member(peer, message.room)
             answer = FRAMED if message.id is None else Answer("", message.id)
         limit = self._settings.max_update_size
-        if not self._rates.allows(peer):
-            error: ServerError = self._too_fast()
+        if member.room not in peer.role.write_rooms:
+            error: ServerError = _read_only(member)
+        elif not self._rates.allows(peer):
+            error = self._too_fast()
         elif len(message.data) > limit:
             error = TooLarge(
                 f"The update has {len(message.data)} bytes; at most {limit} are allowed "
@@ -200,15 +205,19 @@ class Rooms(Feature):
     def _snapshot(self, peer: Peer, message: RoomSnapshot) -> None:
         member = self._member(peer, message.room)
         size = len(message.data) * 3 // 4
-        if size > self._settings.max_room_size:
+        error: ServerError | None = None
+        if message.room not in peer.role.write_rooms:
+            error = _read_only(member)
+        elif size > self._settings.max_room_size:
             error = TooLarge(
                 f"The snapshot has {size} bytes; at most {self._settings.max_room_size} are "
                 "allowed (--max-room-size)."
             )
+        if error is None:
+            update = Update(member, message.data, SNAPSHOT, is_text=True)
+        else:
             # Behind the answers to those before.
             update = Update(member, b"", SNAPSHOT, refused=error)
-        else:
-            update = Update(member, message.data, SNAPSHOT, is_text=True)
         self._put(self._entries[message.room], update)
 
     def _presence(self, peer: Peer, message: RoomPresence) -> None:
@@ -377,6 +386,11 @@ class Rooms(Feature):
 
     def _refuse(self, name: str, error: ServerError) -> NoReturn:
         raise about(name, error)
+
+
+def _read_only(member: Member) -> Forbidden:
+    role = member.peer.role.name
+    return Forbidden(f"The role {role!r} may not change room {member.room!r} (write_rooms).")
 
 
 class NoRooms(Feature):

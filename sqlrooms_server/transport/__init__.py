@@ -4,17 +4,21 @@ uWebSockets runs on a thread of its own, driven through the native layer of sock
 Python classes poll the loop, never report a drained socket, and can lose data.
 """
 
+from sqlrooms_server.transport.certificates import Certificate
 from sqlrooms_server.transport.connection import Connection, FrameSource, Source
 from sqlrooms_server.transport.http import Exchange, HttpRequest
 from sqlrooms_server.transport.loop import Handler, Refusal, Transport, TransportLimits
+from sqlrooms_server.transport.proxies import Proxies
 from sqlrooms_server.transport.topics import Topic
 
 __all__ = [
+    "Certificate",
     "Connection",
     "Exchange",
     "FrameSource",
     "Handler",
     "HttpRequest",
+    "Proxies",
     "Refusal",
     "Source",
     "Topic",

@@ -121,18 +121,21 @@ class Connection:
         "_ws",
         "handler_data",
         "remote_address",
+        "tls",
     )
 
     def __init__(
         self,
         post: Callable[..., None],
         *,
+        tls: int,
         remote_address: str,
         max_queued: int,
         on_cut_off: Callable[[Connection], None],
         handler_data: Any,
     ) -> None:
         """``on_cut_off`` is called, later, when it is given up because the client does not read."""
+        self.tls = tls
         self.remote_address = remote_address
         self._on_cut_off = on_cut_off
         self._is_cut_off = False
@@ -198,7 +201,7 @@ class Connection:
     def send_all(self, messages: Sequence[bytes]) -> None:
         """Send text messages as :meth:`send` does, together."""
         if len(messages) > 1 and self._ws is not None and self._is_idle():
-            native.corked(self._ws, lambda: self._send_each(messages))
+            native.corked(self.tls, self._ws, lambda: self._send_each(messages))
         else:
             self._send_each(messages)
 
@@ -236,7 +239,7 @@ class Connection:
     def abort(self) -> None:
         """Close at once and without a closing handshake."""
         if self._ws is not None:
-            native.ws_close(native.PLAIN, self._ws)
+            native.ws_close(self.tls, self._ws)
 
     def pump(self) -> None:
         """Send as much as the socket takes. For sources that have data again."""
@@ -302,7 +305,7 @@ class Connection:
 
     def _buffered(self) -> int:
         """What uWebSockets holds, in bytes."""
-        return int(native.ws_buffered(native.PLAIN, self._ws))
+        return int(native.ws_buffered(self.tls, self._ws))
 
     def _has_room(self) -> bool:
         """Whether more may be written now."""
@@ -350,7 +353,7 @@ class Connection:
             if isinstance(pulled, Pull):
                 continue
             self._frame_sources[source] = None
-            native.corked(self._ws, functools.partial(self._write_parts, pulled))
+            native.corked(self.tls, self._ws, functools.partial(self._write_parts, pulled))
             return sum(map(len, pulled))
         return 0 if self._streams else None
 
@@ -369,7 +372,7 @@ class Connection:
     def _close_now(self) -> None:
         if self._close_when_sent is not None and self._may_close():
             code, reason = self._close_when_sent
-            native.ws_end(native.PLAIN, self._ws, code, reason, len(reason))
+            native.ws_end(self.tls, self._ws, code, reason, len(reason))
 
     def _may_close(self) -> bool:
         """Whether everything was sent. The drain callback asks again."""
@@ -431,4 +434,4 @@ class Connection:
             data = native.ffi.from_buffer("char[]", data)
         # "compress" on a route without compression takes the path that copies. The other one
         # loses the payload of 16 KiB and more when the kernel's buffer is full.
-        native.ws_send(native.PLAIN, self._ws, data, length, opcode, True, last)
+        native.ws_send(self.tls, self._ws, data, length, opcode, True, last)

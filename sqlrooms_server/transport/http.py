@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlrooms_server.transport import native
+from sqlrooms_server.transport.proxies import Client, Proxies, normalised
 
 _REASONS = {
     200: b"200 OK",
@@ -30,7 +31,9 @@ _HEADERS = (b"host", b"origin", b"authorization", b"cookie", b"content-type", b"
 class HttpRequest:
     """A request, or the one that a WebSocket begins with. Names of ``headers`` are lower case.
 
-    ``body`` is that of a ``POST``.
+    ``remote_address`` is that of the client, also behind a trusted proxy, and ``unix`` for one that
+    comes over a Unix socket. ``scheme`` and ``forwarded_host`` are what the client asked the proxy
+    for; without one, the latter is None. ``body`` is that of a ``POST``.
     """
 
     method: str
@@ -39,31 +42,80 @@ class HttpRequest:
     headers: dict[str, str]
     remote_address: str
     body: bytes = b""
+    is_from_proxy: bool = False
+    scheme: str = "http"
+    forwarded_host: str | None = None
 
 
-def read_request(res: Any, req: Any) -> HttpRequest:
-    """The request of a callback. Bytes that are no ASCII are read as Latin-1."""
-    target = native.ffi.new("const char**")
+class RequestReader:
+    """Makes requests of those of uWebSockets.
 
-    def text(length: int) -> str:
-        return native.unpack(target[0], length).decode("latin-1")
+    ``proxy_headers`` are names of further headers, which a request has only when it comes from a
+    trusted proxy, and with all of its lines, joined by commas, when there are several.
+    """
 
-    headers = {}
-    for name in _HEADERS:
-        length = native.lib.uws_req_get_header(req, name, len(name), target)
-        if length:
-            headers[name.decode()] = text(length)
-    method = text(native.lib.uws_req_get_method(req, target)).upper()
-    url = text(native.lib.uws_req_get_full_url(req, target))
-    address = native.lib.uws_res_get_remote_address_as_text(native.PLAIN, res, target)
-    path, _, query = url.partition("?")
-    return HttpRequest(method, path, query, headers, text(address))
+    def __init__(
+        self, tls: int, proxies: Proxies | None = None, proxy_headers: Sequence[str] = ()
+    ) -> None:
+        self._tls = tls
+        self._proxies = proxies or Proxies()
+        self._proxy_headers = frozenset(name.lower() for name in proxy_headers)
+        self._looked_at = self._proxies.headers | self._proxy_headers
+
+    def peer(self, res: Any) -> str:
+        """The address at the other end of the socket, normalised."""
+        target = native.ffi.new("const char**")
+        length = native.lib.uws_res_get_remote_address_as_text(self._tls, res, target)
+        return normalised(native.unpack(target[0], length).decode("latin-1"))
+
+    def is_trusted(self, peer: str) -> bool:
+        """Whether ``peer`` is a trusted proxy."""
+        return self._proxies.trusts(peer)
+
+    def read(self, res: Any, req: Any) -> HttpRequest:
+        """The request of a callback. Bytes that are no ASCII are read as Latin-1."""
+        target = native.ffi.new("const char**")
+
+        def text(length: int) -> str:
+            return native.unpack(target[0], length).decode("latin-1")
+
+        headers = {}
+        for name in _HEADERS:
+            length = native.lib.uws_req_get_header(req, name, len(name), target)
+            if length:
+                headers[name.decode()] = text(length)
+        method = text(native.lib.uws_req_get_method(req, target)).upper()
+        url = text(native.lib.uws_req_get_full_url(req, target))
+        client = self._client(self.peer(res), req, headers)
+        path, _, query = url.partition("?")
+        return HttpRequest(
+            method,
+            path,
+            query,
+            headers,
+            client.address,
+            is_from_proxy=client.is_proxied,
+            scheme=client.scheme or ("https" if self._tls else "http"),
+            forwarded_host=client.host,
+        )
+
+    def _client(self, peer: str, req: Any, headers: dict[str, str]) -> Client:
+        if not self.is_trusted(peer):
+            return Client(peer)
+        lines: dict[str, list[str]] = {}
+        for name, value in native.request_headers(req):
+            if name in self._looked_at:
+                lines.setdefault(name, []).append(value)
+        for name in self._proxy_headers & lines.keys():
+            headers[name] = ", ".join(lines[name])
+        return self._proxies.client(peer, lines)
 
 
 class Exchange:
     """An HTTP request that waits for its answer. Methods belong to the loop thread."""
 
-    def __init__(self, res: Any) -> None:
+    def __init__(self, tls: int, res: Any) -> None:
+        self._tls = tls
         self._res = res
 
     @property
@@ -78,13 +130,12 @@ class Exchange:
         res, self._res = self._res, None
         if res is None:
             return
-        reason = _REASONS[status]
-        kind = content_type.encode()
-        native.lib.uws_res_write_status(native.PLAIN, res, reason, len(reason))
+        tls, reason, kind = self._tls, _REASONS[status], content_type.encode()
+        native.lib.uws_res_write_status(tls, res, reason, len(reason))
         for name, value in ((b"Content-Type", kind), (b"Cache-Control", b"no-store")):
-            native.lib.uws_res_write_header(native.PLAIN, res, name, len(name), value, len(value))
+            native.lib.uws_res_write_header(tls, res, name, len(name), value, len(value))
         # A refused request may have a body under way, which nothing reads: close then.
-        native.lib.uws_res_end(native.PLAIN, res, body, len(body), status != 200)
+        native.lib.uws_res_end(tls, res, body, len(body), status != 200)
 
     def respond_json(self, status: int, body: bytes) -> None:
         """Answer with JSON text."""
@@ -93,23 +144,3 @@ class Exchange:
     def aborted(self) -> None:
         """For the transport: the client went away."""
         self._res = None
-
-
-class Arriving:
-    """A request whose body has not all arrived."""
-
-    def __init__(self, request: HttpRequest, exchange: Exchange) -> None:
-        self.exchange = exchange
-        self._request = request
-        self._body = bytearray()
-
-    @property
-    def size(self) -> int:
-        return len(self._body)
-
-    def add(self, data: bytes) -> None:
-        self._body += data
-
-    def request(self) -> HttpRequest:
-        """The whole request."""
-        return dataclasses.replace(self._request, body=bytes(self._body))

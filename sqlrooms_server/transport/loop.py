@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sqlrooms_server.errors import StartupError
-from sqlrooms_server.transport import addresses, native
+from sqlrooms_server.transport import addresses, native, sockets
+from sqlrooms_server.transport.certificates import Certificate
 from sqlrooms_server.transport.connection import Connection
-from sqlrooms_server.transport.http import Arriving, Exchange, HttpRequest, read_request
+from sqlrooms_server.transport.exchanges import TOO_MANY, Exchanges
+from sqlrooms_server.transport.http import Exchange, HttpRequest, RequestReader
+from sqlrooms_server.transport.listening import Listeners
+from sqlrooms_server.transport.proxies import UNIX, Proxies
+from sqlrooms_server.transport.sockets import SocketLimits, Sockets
 from sqlrooms_server.transport.topics import Topic, Topics
 
 log = logging.getLogger(__name__)
@@ -22,7 +28,12 @@ log = logging.getLogger(__name__)
 # Bytes in the buffer of uWebSockets at which it drops what is sent and the connection with it.
 _MAX_NATIVE_BYTES = 8 << 20
 
-ffi, lib, PLAIN = native.ffi, native.lib, native.PLAIN
+# Out of descriptors, the loop spins: the system keeps saying that somebody wants to connect. After
+# so many turns it is looked whether that is so, and slept for some milliseconds until it is over.
+_TURNS_BETWEEN_LOOKS = 4096
+_PAUSE_SECONDS = 0.005
+
+ffi, lib = native.ffi, native.lib
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,44 +62,66 @@ class Handler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TransportLimits:
-    """Sizes in bytes, times in seconds."""
+    """Sizes in bytes, times in seconds. ``max_waiting`` is of sockets that are no WebSockets."""
 
     max_message_size: int
     max_body: int
     max_queued: int
     max_connections: int
     idle_timeout: int
+    max_per_address: int = 1_000_000
+    max_waiting: int = 1_000_000
 
 
 class Transport:
-    """A listening server on a thread of its own."""
+    """A listening server on a thread of its own.
 
-    def __init__(self, handler: Handler, limits: TransportLimits) -> None:
+    With ``certificate`` it speaks TLS only. ``proxy_headers`` are the headers, besides those that
+    every request has, to take from the trusted ones of ``proxies``.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        limits: TransportLimits,
+        *,
+        certificate: Certificate | None = None,
+        proxies: Proxies | None = None,
+        proxy_headers: Sequence[str] = (),
+    ) -> None:
         self._handler = handler
         self._limits = limits
+        self._certificate = certificate
+        self._tls = native.PLAIN if certificate is None else native.TLS
+        self._reader = RequestReader(self._tls, proxies, proxy_headers)
+        self._sockets = Sockets(
+            SocketLimits(limits.max_waiting, limits.max_per_address, sockets.descriptors())
+        )
+        self._exchanges = Exchanges(
+            self._tls, self._reader, self._sockets, handler.http, limits.max_body
+        )
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._wake_pending = False
         # Guards the wake-up against the end of the loop, after which it would touch freed memory.
         self._wake_lock = threading.Lock()
         self._loop_runs = False
         self._stopping = False
-        self._listening = True
         self._deadline = 0.0
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._connections: dict[int, Connection] = {}
         self._upgrading: dict[int, Connection] = {}
-        self._exchanges: dict[int, Exchange] = {}
-        self._arriving: dict[int, Arriving] = {}
+        # What to tell about a WebSocket when it closes.
+        self._places: dict[Connection, str | None] = {}
         self._ids = itertools.count(1)
+        self._turns = 0
         self._uv: Any = None
         self._loop: Any = None
         self._app: Any = None
-        self._listeners: list[Any] = []
-        self._contexts: list[Any] = []
+        self._listeners: Listeners | None = None
         self._callbacks: list[Any] = []
-        self._topics = Topics()
+        self._topics = Topics(self._tls)
         self.addresses: list[tuple[str, int]] = []
 
     @property
@@ -143,9 +176,10 @@ class Transport:
 
     def _run(self, found: list[str], port: int) -> None:
         try:
-            self._create()
+            self._listeners = self._create()
             for address in found:
-                self._listen(address, self.addresses[0][1] if self.addresses else port)
+                port = self._listeners.listen(address, port)
+                self.addresses.append((address, port))
         except BaseException as error:  # handed to the thread that waits in start()
             self._failure = error
             try:
@@ -161,6 +195,9 @@ class Transport:
 
     def _turn(self, mode: Any) -> None:
         lib.socketify_loop_run(self._uv, mode)
+        self._turns += 1
+        if self._turns >= _TURNS_BETWEEN_LOOKS:
+            self._look_for_exhaustion()
         self._topics.turn_ended()
         # Cleared before the inbox is counted: what is posted from here on wakes the loop again.
         self._wake_pending = False
@@ -171,6 +208,12 @@ class Transport:
                 function(*arguments)
             except Exception:  # loop-callback guard
                 log.exception("A call on the loop thread failed.")
+
+    def _look_for_exhaustion(self) -> None:
+        if sockets.are_exhausted():
+            time.sleep(_PAUSE_SECONDS)
+        else:
+            self._turns = 0
 
     def _begin_stop(self, deadline: float) -> None:
         """Comes after what was posted before, so that the last replies are still sent."""
@@ -188,11 +231,10 @@ class Transport:
             time.sleep(0.001)
             self._turn(lib.SOCKETIFY_RUN_NOWAIT)
 
-    def _create(self) -> None:
+    def _create(self) -> Listeners:
         self._uv = lib.socketify_create_loop()
         self._loop = lib.uws_get_loop_with_native(lib.socketify_get_native_loop(self._uv))
-        options = ffi.new("struct us_socket_context_options_t*")
-        self._app = lib.uws_create_app(PLAIN, options[0])
+        self._app = self._create_app()
         self._topics.app = self._app
         self._loop_runs = True
         behavior = ffi.new("uws_socket_behavior_t*")
@@ -218,67 +260,49 @@ class Transport:
         behavior.close = self._callback(
             "void(uws_websocket_t*, int, const char*, size_t, void*)", self._on_close
         )
-        lib.uws_ws(PLAIN, self._app, b"/*", behavior[0], ffi.NULL)
-        on_http = self._callback("void(uws_res_t*, uws_req_t*, void*)", self._on_http)
-        lib.uws_app_any(PLAIN, self._app, b"/*", on_http, ffi.NULL)
-        self._on_abort_callback = self._callback("void(uws_res_t*, void*)", self._on_abort)
-        self._on_data_callback = self._callback(
-            "void(uws_res_t*, const char*, size_t, bool, void*)", self._on_data
-        )
+        lib.uws_ws(self._tls, self._app, b"/*", behavior[0], ffi.NULL)
+        self._exchanges.serve(self._app)
+        on_socket = self._callback("void(uws_res_t*, int, void*)", self._on_socket)
+        lib.uws_filter(self._tls, self._app, on_socket, ffi.NULL)
+        return Listeners(self._tls, self._app)
+
+    def _create_app(self) -> Any:
+        options = ffi.new("struct us_socket_context_options_t*")
+        if self._certificate is None:
+            return lib.uws_create_app(self._tls, options[0])
+        names = [
+            ffi.new("char[]", os.fsencode(name))
+            for name in (self._certificate.certificate, self._certificate.key)
+        ]
+        options.cert_file_name, options.key_file_name = names
+        app = lib.uws_create_app(self._tls, options[0])
+        if app == ffi.NULL or lib.uws_constructor_failed(self._tls, app):
+            raise StartupError(
+                f"The TLS library cannot use --tls-cert {self._certificate.certificate} with "
+                f"--tls-key {self._certificate.key}; make a key of RSA (2048 bits) or ECDSA (P-256)."
+            )
+        return app
 
     def _callback(self, signature: str, function: Callable[..., None]) -> Any:
         callback = ffi.callback(signature, function)
         self._callbacks.append(callback)
         return callback
 
-    def _listen(self, address: str, port: int) -> None:
-        listener = self._try_to_listen(address, port, native.EXCLUSIVE_PORT)
-        if listener is None and addresses.only_closed_connections(address, port):
-            listener = self._try_to_listen(address, port, native.SHARED_PORT)
-        if listener is None:
-            raise StartupError(addresses.why_not(address, port))
-        addresses.let_others_follow(native.descriptor(listener))
-        self._listeners.append(listener)
-        context = native.socket_context(listener)
-        if context not in self._contexts:
-            self._contexts.append(context)
-        bound = int(lib.us_socket_local_port(PLAIN, listener))
-        self.addresses.append((address, bound))
-
-    def _try_to_listen(self, address: str, port: int, options: int) -> Any:
-        """The listening socket; None when the port is taken."""
-        listeners: list[Any] = []
-
-        def on_listen(listener: Any, config: Any, user_data: Any) -> None:
-            if listener != ffi.NULL:
-                listeners.append(listener)
-
-        signature = "void(struct us_listen_socket_t*, uws_app_listen_config_t, void*)"
-        config = ffi.new("uws_app_listen_config_t*")
-        host = ffi.new("char[]", address.encode())
-        config.port, config.host, config.options = port, host, options
-        lib.uws_app_listen_with_config(
-            PLAIN, self._app, config[0], self._callback(signature, on_listen), ffi.NULL
-        )
-        return listeners[0] if listeners else None
-
     def _close_listeners(self) -> None:
-        if self._listening:
-            self._listening = False
-            for listener in self._listeners:
-                lib.us_listen_socket_close(PLAIN, listener)
+        if self._listeners is not None:
+            self._listeners.close()
 
     def _tear_down(self) -> None:
         """Close what is left and free the loop. Without it, seven file descriptors stay open."""
         if self._app is not None:
-            self._close_listeners()
-            for context in self._contexts:
-                native.close_sockets(context)
+            if self._listeners is not None:
+                self._listeners.close()
+                self._listeners.close_sockets()
             lib.socketify_loop_run(self._uv, lib.SOCKETIFY_RUN_NOWAIT)
         with self._wake_lock:
             self._loop_runs = False
         if self._app is not None:
-            lib.uws_app_destroy(PLAIN, self._app)
+            lib.uws_app_destroy(self._tls, self._app)
         if self._loop is not None:
             native.destroy_loop(self._uv, self._loop)
         self._inbox.clear()
@@ -286,22 +310,22 @@ class Transport:
     # Callbacks. None may raise: cffi would print the error and go on with an unanswered request.
 
     def _on_upgrade(self, res: Any, req: Any, context: Any, user_data: Any) -> None:
-        if context not in self._contexts:
-            self._contexts.append(context)
+        assert self._listeners is not None
+        self._listeners.add_context(context)
         answered = False
         try:
-            request = read_request(res, req)
-            data: object | Refusal
-            if len(self._connections) >= self._limits.max_connections:
-                data = Refusal(503, "The server has no room for another connection.")
-            else:
-                data = self._handler.upgrade(request)
+            may_come = self._sockets.asked(native.pointer_key(res))
+            request = self._reader.read(res, req)
+            client = self._client_of_proxy(request)
+            may_come = may_come and (client is None or self._sockets.may_join(client))
+            data = self._verdict(request, may_come)
             if isinstance(data, Refusal):
                 answered = True
-                Exchange(res).respond(data.status, data.text.encode())
+                Exchange(self._tls, res).respond(data.status, data.text.encode())
                 return
             connection = Connection(
                 self.post,
+                tls=self._tls,
                 remote_address=request.remote_address,
                 max_queued=self._limits.max_queued,
                 on_cut_off=self._cut_off,
@@ -315,25 +339,57 @@ class Transport:
                 length = lib.uws_req_get_header(req, name, len(name), target)
                 return native.unpack(target[0], length)
 
-            key = header(b"sec-websocket-key")
+            nonce = header(b"sec-websocket-key")
             # A browser fails unless one of the protocols it offers is chosen.
             protocol = header(b"sec-websocket-protocol").split(b",")[0].strip()
             extensions = header(b"sec-websocket-extensions")
             answered = True
+            key = native.pointer_key(res)
+            self._places[connection] = self._sockets.upgraded(key, client)
             lib.uws_res_upgrade(
-                PLAIN,
+                self._tls,
                 res,
                 native.integer_pointer(number),
-                *(key, len(key), protocol, len(protocol), extensions, len(extensions)),
+                *(nonce, len(nonce), protocol, len(protocol), extensions, len(extensions)),
                 context,
             )
         except Exception:  # loop-callback guard
             log.exception("An upgrade failed.")
             if not answered:
-                Exchange(res).respond(500, b"internal error")
+                Exchange(self._tls, res).respond(500, b"internal error")
+
+    def _client_of_proxy(self, request: HttpRequest) -> str | None:
+        """The address that a connection through a trusted proxy counts for."""
+        if request.is_from_proxy and not self._reader.is_trusted(request.remote_address):
+            return request.remote_address
+        return None
+
+    def _verdict(self, request: HttpRequest, may_come: bool) -> object | Refusal:
+        if not may_come:
+            return Refusal(429, TOO_MANY.format(request.remote_address))
+        if len(self._connections) >= self._limits.max_connections:
+            return Refusal(
+                503, "The server has no room for another connection (--max-connections)."
+            )
+        return self._handler.upgrade(request)
+
+    def _on_socket(self, res: Any, change: int, user_data: Any) -> None:
+        """A socket was accepted or closed. Not called for the close of a WebSocket."""
+        key = native.pointer_key(res)
+        if change < 0:
+            self._sockets.closed(key)
+            return
+        try:
+            peer = self._reader.peer(res)
+            is_exempt = peer == UNIX or self._reader.is_trusted(peer)
+            surplus = self._sockets.opened(key, None if is_exempt else peer, native.descriptor(res))
+            if surplus is not None:
+                lib.uws_res_close(self._tls, native.integer_pointer(surplus))
+        except Exception:  # loop-callback guard
+            log.exception("A socket could not be accepted.")
 
     def _on_open(self, ws: Any, user_data: Any) -> None:
-        number = native.pointer_key(native.ws_user_data(PLAIN, ws))
+        number = native.pointer_key(native.ws_user_data(self._tls, ws))
         connection = self._upgrading.pop(number)
         self._connections[native.pointer_key(ws)] = connection
         connection.opened(ws)
@@ -355,6 +411,7 @@ class Transport:
         connection = self._connections.pop(native.pointer_key(ws), None)
         if connection is None:
             return
+        self._sockets.left(self._places.pop(connection, None))
         self._guarded(connection.closed)
         if not connection.is_cut_off:
             self._guarded(self._handler.closed, connection)
@@ -363,52 +420,6 @@ class Transport:
         """Whoever does not read has left, as far as others are concerned."""
         log.warning("A client at %s does not read and was given up.", connection.remote_address)
         self._guarded(self._handler.closed, connection)
-
-    def _on_http(self, res: Any, req: Any, user_data: Any) -> None:
-        number = next(self._ids)
-        exchange = self._exchanges[number] = Exchange(res)
-        pointer = native.integer_pointer(number)
-        lib.uws_res_on_aborted(PLAIN, res, self._on_abort_callback, pointer)
-        try:
-            request = read_request(res, req)
-            if request.method == "POST":
-                self._arriving[number] = Arriving(request, exchange)
-                lib.uws_res_on_data(PLAIN, res, self._on_data_callback, pointer)
-            else:
-                self._handler.http(request, exchange)
-        except Exception:  # loop-callback guard
-            log.exception("An HTTP request failed.")
-            exchange.respond(500, b"internal error")
-        self._forget_answered()
-
-    def _on_data(self, res: Any, data: Any, length: int, last: bool, user_data: Any) -> None:
-        number = native.pointer_key(user_data)
-        arriving = self._arriving.get(number)
-        if arriving is None:
-            return
-        arriving.add(native.unpack(data, length))
-        if arriving.size > self._limits.max_body:
-            text = f"The body has more than {self._limits.max_body} bytes (--max-notify-size)."
-            arriving.exchange.respond(413, text.encode())
-        elif last:
-            try:
-                self._handler.http(arriving.request(), arriving.exchange)
-            except Exception:  # loop-callback guard
-                log.exception("An HTTP request failed.")
-                arriving.exchange.respond(500, b"internal error")
-        if last or not arriving.exchange.is_open:
-            del self._arriving[number]
-        self._forget_answered()
-
-    def _forget_answered(self) -> None:
-        """Most are answered at once; those that wait are few."""
-        self._exchanges = {n: e for n, e in self._exchanges.items() if e.is_open}
-
-    def _on_abort(self, res: Any, user_data: Any) -> None:
-        self._arriving.pop(native.pointer_key(user_data), None)
-        exchange = self._exchanges.pop(native.pointer_key(user_data), None)
-        if exchange is not None:
-            exchange.aborted()
 
     @staticmethod
     def _guarded(function: Callable[..., None], *arguments: Any) -> None:

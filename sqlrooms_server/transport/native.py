@@ -95,8 +95,9 @@ _extra_ffi.cdef(
 )
 _extra: Any = _extra_ffi.dlopen(_socketify.library_path)
 
-# No TLS yet: the first argument of every uWebSockets call.
+# The first argument of every uWebSockets call: whether its sockets speak TLS.
 PLAIN = 0
+TLS = 1
 
 TEXT = 1
 BINARY = 2
@@ -124,9 +125,27 @@ def _call_handle(handle: Any) -> None:
     ffi.from_handle(handle)()
 
 
-def corked(ws: Any, write: Callable[[], None]) -> None:
+def corked(tls: int, ws: Any, write: Callable[[], None]) -> None:
     """Hand what ``write`` sends on ``ws`` to the kernel in one call."""
-    lib.uws_ws_cork(PLAIN, ws, _call_handle, ffi.new_handle(write))
+    lib.uws_ws_cork(tls, ws, _call_handle, ffi.new_handle(write))
+
+
+@ffi.callback(  # type: ignore[untyped-decorator, unused-ignore]
+    "void(const char*, size_t, const char*, size_t, void*)"
+)
+def _add_header(name: Any, name_length: int, value: Any, value_length: int, handle: Any) -> None:
+    pair = (
+        unpack(name, name_length).decode("latin-1"),
+        unpack(value, value_length).decode("latin-1"),
+    )
+    ffi.from_handle(handle).append(pair)
+
+
+def request_headers(req: Any) -> list[tuple[str, str]]:
+    """All headers of a request, repeated ones too; the names in lower case."""
+    found: list[tuple[str, str]] = []
+    lib.uws_req_for_each_header(req, _add_header, ffi.new_handle(found))
+    return found
 
 
 @_extra_ffi.callback("void(void*, void*)")  # type: ignore[untyped-decorator, unused-ignore]
@@ -146,20 +165,20 @@ def destroy_loop(uv: Any, loop: Any) -> None:
     lib.socketify_destroy_loop(uv)
 
 
-def descriptor(listener: Any) -> int:
-    """The file descriptor of ``listener``."""
-    return int(_extra.us_poll_fd(_extra_ffi.cast("void*", listener)))
+def descriptor(socket: Any) -> int:
+    """The file descriptor of a socket, one that listens too."""
+    return int(_extra.us_poll_fd(_extra_ffi.cast("void*", socket)))
 
 
-def socket_context(listener: Any) -> Any:
+def socket_context(tls: int, listener: Any) -> Any:
     """The context of the HTTP sockets that ``listener`` accepts."""
-    return ffi.cast("uws_socket_context_t*", _extra.us_socket_context(PLAIN, listener))
+    return ffi.cast("uws_socket_context_t*", _extra.us_socket_context(tls, listener))
 
 
-def close_sockets(context: Any) -> None:
+def close_sockets(tls: int, context: Any) -> None:
     """Close every socket of ``context`` at once."""
     pointer = _extra_ffi.cast("struct us_socket_context_t*", context)
-    _extra.us_socket_context_close(PLAIN, pointer)
+    _extra.us_socket_context_close(tls, pointer)
 
 
 def unpack(pointer: Any, length: int) -> bytes:

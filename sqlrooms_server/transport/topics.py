@@ -26,7 +26,8 @@ _KEPT = b"0"
 class Topics:
     """All topics of one transport, and how much was published. For the loop thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: int) -> None:
+        self.tls = tls
         # Set when the loop runs.
         self.app: Any = None
         # Bytes published so far, with their frames: no connection holds more of them.
@@ -62,7 +63,7 @@ class Topics:
 
     def joined(self, connection: Connection) -> None:
         self._connections[connection] = None
-        native.ws_subscribe(native.PLAIN, connection.ws, _KEPT, len(_KEPT))
+        native.ws_subscribe(connection.tls, connection.ws, _KEPT, len(_KEPT))
 
     def left(self, connection: Connection) -> None:
         self._connections.pop(connection, None)
@@ -88,7 +89,7 @@ class Topic:
             return
         if connection.join_topic(self, self._topics):
             self._published_to[connection] = None
-            native.ws_subscribe(native.PLAIN, connection.ws, self._name, len(self._name))
+            native.ws_subscribe(connection.tls, connection.ws, self._name, len(self._name))
         else:
             self._one_by_one[connection] = None
 
@@ -125,11 +126,11 @@ class Topic:
             return False
         for message in messages:
             native.publish(
-                *(native.PLAIN, self._topics.app, self._name, len(self._name)),
+                *(self._topics.tls, self._topics.app, self._name, len(self._name)),
                 *(message, len(message), native.TEXT, True),
             )
         return True
 
     def _unsubscribe(self, connection: Connection) -> None:
         if connection.ws is not None:
-            native.ws_unsubscribe(native.PLAIN, connection.ws, self._name, len(self._name))
+            native.ws_unsubscribe(connection.tls, connection.ws, self._name, len(self._name))

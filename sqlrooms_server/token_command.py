@@ -1,0 +1,199 @@
+"""``sqlrooms-server token``: makes tokens, and says what a token is good for."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import getpass
+import hashlib
+import json
+import os
+import re
+import secrets
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from sqlrooms_server.access import Access
+from sqlrooms_server.access.roles import Identity
+from sqlrooms_server.access.token_file import HASH_PREFIX, TokenFile, read_token_file
+from sqlrooms_server.errors import StartupError
+from sqlrooms_server.settings import Settings
+
+# So that programs which look for secrets in repositories recognise them.
+TOKEN_PREFIX = "sqlrooms_"
+# More than anybody can guess, so that one round of SHA-256 protects them well enough.
+_TOKEN_BYTES = 32
+
+_DAYS = re.compile(r"(\d{1,5})d")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; 0 when all is well, 1 when a token is not right, 2 for other mistakes."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except StartupError as error:
+        print(f"sqlrooms-server: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sqlrooms-server token",
+        description="Makes tokens for the file that --tokens names, and checks them.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    new = commands.add_parser(
+        "new",
+        allow_abbrev=False,
+        help="make a token",
+        description="Prints a new token, once: only its hash is kept. Without --tokens, what "
+        "belongs into the file is printed, too.",
+    )
+    new.add_argument("name", metavar="NAME", help="whose token it is")
+    new.add_argument("--role", default="admin", help="role in the file, or admin (the default)")
+    new.add_argument(
+        "--expires", metavar="WHEN", type=_expiry, help="a date, 2030-01-31, or a time, 90d"
+    )
+    new.add_argument("--tokens", metavar="FILE", type=Path, help="file to add it to")
+    new.set_defaults(run=_new)
+    check = commands.add_parser(
+        "check",
+        allow_abbrev=False,
+        help="check the file, and a token",
+        description="Reads a token from standard input, and prints whose it is and what it may "
+        "do. Without a token, only the file is checked and listed.",
+    )
+    check.add_argument("--tokens", metavar="FILE", type=Path, required=True, help="file of tokens")
+    check.set_defaults(run=_check)
+    return parser
+
+
+def _expiry(text: str) -> datetime.date:
+    match = _DAYS.fullmatch(text)
+    if match:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        return (now + datetime.timedelta(days=int(match[1]))).date()
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        problem = "must be a date such as 2030-01-31, or a number of days such as 90d"
+        raise argparse.ArgumentTypeError(problem) from None
+
+
+def _new(options: argparse.Namespace) -> int:
+    token = TOKEN_PREFIX + secrets.token_urlsafe(_TOKEN_BYTES)
+    entry = _entry(options.name, options.role, options.expires, token)
+    path: Path | None = options.tokens
+    if path is None:
+        print(f"{token}\n\n{entry}", end="")
+        return 0
+    _add(path, entry)
+    print(token)
+    print(
+        f"Added [tokens.{json.dumps(options.name)}] to {path}. A server that runs reads it again "
+        "on SIGHUP.",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _entry(name: str, role: str, expires: datetime.date | None, token: str) -> str:
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    # A string of JSON is one of TOML, too.
+    lines = [
+        f"[tokens.{json.dumps(name)}]",
+        f"role = {json.dumps(role)}",
+        f'hash = "{HASH_PREFIX}{digest}"',
+    ]
+    if expires is not None:
+        lines.append(f"expires = {expires.isoformat()}")
+    return "\n".join(lines) + "\n"
+
+
+def _add(path: Path, entry: str) -> None:
+    """Add ``entry`` to the file ``path``, which is as it was when that is not right."""
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"Cannot read the token file {path}: {error}.") from error
+    place = path.resolve()
+    try:
+        # Created readable for its owner only. Relative paths in it count from its directory.
+        descriptor, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(f"{text.rstrip()}\n\n{entry}" if text.strip() else entry)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                read_token_file(Path(name))
+            except StartupError as error:
+                raise StartupError(str(error).replace(name, str(path))) from error
+            if place.exists():
+                os.chmod(name, place.stat().st_mode & 0o777)
+            os.replace(name, place)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise StartupError(f"Cannot write the token file {path}: {error.strerror}.") from error
+
+
+def _check(options: argparse.Namespace) -> int:
+    file = read_token_file(options.tokens)
+    token = getpass.getpass("Token (empty to list the file): ") if sys.stdin.isatty() else input_()
+    if not token:
+        print(_summary(file))
+        return 0
+    identity = Access(Settings(tokens=str(options.tokens))).identify(token)
+    if identity is None:
+        print("This token is not right, or has expired.", file=sys.stderr)
+        return 1
+    print(_about(identity))
+    return 0
+
+
+def input_() -> str:
+    """The first line of standard input."""
+    return sys.stdin.readline().strip()
+
+
+def _summary(file: TokenFile) -> str:
+    lines = [f"role   {name}" for name in sorted(file.roles)]
+    lines += [
+        f"token  {entry.user}: role {entry.role.name}{_until(entry.expires_at)}"
+        for entry in file.tokens
+    ]
+    if file.signed is not None:
+        lines.append(f"jwt    {file.signed.algorithm}")
+    if file.proxy is not None:
+        lines.append(f"proxy  users in the header {file.proxy.user_header}")
+    return "\n".join(lines)
+
+
+def _about(identity: Identity) -> str:
+    role = identity.role
+    lines = [
+        f"user            {identity.user}{_until(identity.expires_at)}",
+        f"role            {role.name}",
+        f"sql             {role.sql}",
+        f"read_channels   {role.read_channels}",
+        f"write_channels  {role.write_channels}",
+        f"read_rooms      {role.read_rooms}",
+        f"write_rooms     {role.write_rooms}",
+    ]
+    numbers = ("max_result_rows", "query_timeout", "request_rate")
+    lines += [f"{name:15} {getattr(role, name)}" for name in numbers if getattr(role, name)]
+    return "\n".join(lines)
+
+
+def _until(expires_at: float | None) -> str:
+    if expires_at is None:
+        return ""
+    moment = datetime.datetime.fromtimestamp(expires_at, datetime.timezone.utc)
+    return f", until {moment:%Y-%m-%d %H:%M} UTC"

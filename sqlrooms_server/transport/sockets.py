@@ -1,0 +1,120 @@
+"""How many sockets there are of each address, and which of them go when there are too many.
+
+uWebSockets closes a socket whose first request, or the next one, is not complete after ten seconds,
+however slowly its bytes come. What it does not bound is how many of them there are meanwhile.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+# Of an address over its limit, so many more are let in, to be told why they are refused.
+_TOLD_WHY = 16
+
+# Descriptors that sockets leave to everything else: files of the database, pipes, temporary files.
+_RESERVED_DESCRIPTORS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class SocketLimits:
+    """``waiting`` is of sockets that are no WebSockets, ``of_address`` of all kinds of them.
+
+    A socket whose descriptor is not below ``descriptors`` is one too many.
+    """
+
+    waiting: int
+    of_address: int
+    descriptors: int
+
+
+class Sockets:
+    """The sockets of one transport, by any keys. For the loop thread."""
+
+    def __init__(self, limits: SocketLimits) -> None:
+        self._limits = limits
+        # Those that are no WebSocket, the one that asked longest ago first, and what they count as.
+        self._waiting: dict[int, str | None] = {}
+        self._counts: Counter[str] = Counter()
+
+    def opened(self, key: int, address: str | None, descriptor: int) -> int | None:
+        """A socket was accepted; the key of one to close for that, perhaps this one.
+
+        ``address`` is None for one that no address is charged with: that of a trusted proxy.
+        """
+        place = None if address is None else _place(address)
+        self._waiting[key] = place
+        if place is not None:
+            self._counts[place] += 1
+            if self._counts[place] > self._limits.of_address + _TOLD_WHY:
+                return key
+        is_full = len(self._waiting) > self._limits.waiting
+        if is_full or descriptor >= self._limits.descriptors:
+            return next(iter(self._waiting))
+        return None
+
+    def asked(self, key: int) -> bool:
+        """A request came on a socket; False when its address has too many."""
+        if key not in self._waiting:
+            return True
+        place = self._waiting[key] = self._waiting.pop(key)
+        return place is None or self._counts[place] <= self._limits.of_address
+
+    def may_join(self, address: str) -> bool:
+        """Whether a trusted proxy may bring a WebSocket of ``address``."""
+        return self._counts[_place(address)] < self._limits.of_address
+
+    def upgraded(self, key: int, address: str | None) -> str | None:
+        """A socket became a WebSocket; what to tell :meth:`left` when it closes.
+
+        ``address`` is that of the client behind a trusted proxy.
+        """
+        place = self._waiting.pop(key, None)
+        if address is not None:
+            place = _place(address)
+            self._counts[place] += 1
+        return place
+
+    def closed(self, key: int) -> None:
+        """A socket closed that is no WebSocket."""
+        self.left(self._waiting.pop(key, None))
+
+    def left(self, place: str | None) -> None:
+        """A WebSocket closed, or did not open."""
+        if place is None:
+            return
+        self._counts[place] -= 1
+        if not self._counts[place]:
+            del self._counts[place]
+
+
+def descriptors() -> int:
+    """The first descriptor that is not for sockets."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return sys.maxsize
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return soft - min(_RESERVED_DESCRIPTORS, soft // 4)
+
+
+def are_exhausted() -> bool:
+    """Whether the process can have no other descriptor."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return True
+    return False
+
+
+def _place(address: str) -> str:
+    """What is limited together: an IPv4 address, or a network of IPv6 as one subscriber has it."""
+    if ":" not in address:
+        return address
+    number = int(ipaddress.IPv6Address(address.partition("%")[0]))
+    return str(ipaddress.IPv6Address(number >> 64 << 64))
