@@ -432,7 +432,7 @@ class SharedCursor:
         # What the open transaction is going to change when it commits.
         self._pending: Expected | None = None
 
-    def for_job(self, policy: Policy) -> Cursor:
+    def for_job(self, policy: Policy = UNRESTRICTED) -> Cursor:
         """The cursor for one job, made when the first one needs it. For one worker at a time."""
         if self._native is None:
             self._native = self._engine.native_cursor()

@@ -48,7 +48,8 @@ _READING_PRAGMAS = frozenset(
 )
 _DEFINED = frozenset("table view macro function sequence type index schema".split())
 _MODIFIERS = frozenset(
-    "or replace temp temporary local global persistent unlogged unique recursive if not exists".split()
+    "or replace temp temporary local global persistent unlogged unique recursive if not "
+    "exists".split()
 )
 
 _INSTEAD = {
@@ -383,6 +384,7 @@ class _Check:
         )
 
     def _planned(self, sql: str) -> None:
+        plan: Plan | None
         try:
             plan = plan_of(self._native, sql)
         except Unplannable as error:
@@ -437,7 +439,7 @@ class _Check:
             self._refuse("Changing " + ".".join(plan.writes[0]), "nothing may be changed")
         for node in sorted(plan.nodes):
             writes = node.startswith(_WRITING_NODES)
-            if node not in _PLAIN_NODES and not writes or writes and policy.read_only:
+            if (node not in _PLAIN_NODES and not writes) or (writes and policy.read_only):
                 self._refuse(f"A statement with {node}", "it is not known to be harmless")
         for target in plan.targets:
             self._target(target)

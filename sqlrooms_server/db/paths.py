@@ -20,7 +20,7 @@ class Directories:
         for path in paths:
             root = Path(path).resolve()
             if not root.is_dir():
-                raise StartupError(f"--allow-dir: {path} is not a directory; create it, or drop it.")
+                raise StartupError(f"--allow-dir: {path} is no directory; create it, or drop it.")
             self._roots.append(root)
 
     def __bool__(self) -> bool:

@@ -154,16 +154,16 @@ def _collect_node(kind: str, node: dict[str, Any], plan: Plan) -> None:
 
 def _collect_target(info: dict[str, Any], plan: Plan) -> None:
     qualified = info.get("qualified_name")
-    names = qualified["path"] if qualified else (info.get("catalog"), info.get("schema"), _last(info))
+    if qualified:
+        names = qualified["path"]
+    else:
+        last = info.get("table") or info.get("view_name") or info.get("name")
+        names = info.get("catalog"), info.get("schema"), last
     plan.targets.append(tuple(name for name in names if name))
     # A view is not bound in the plan that creates it.
     query = info.pop("query", None)
     if query:
         plan.views.append(ujson.dumps({"error": False, "statements": [query]}))
-
-
-def _last(info: dict[str, Any]) -> str:
-    return str(info.get("table") or info.get("view_name") or info.get("name") or "")
 
 
 def _columns(scan: dict[str, Any]) -> list[int]:

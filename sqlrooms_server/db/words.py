@@ -79,7 +79,7 @@ def tokens_of(sql: str) -> list[Token]:
         cuts = duckdb.tokenize(sql)
     except (duckdb.Error, ValueError) as error:
         raise Unreadable(str(error)) from error
-    tokens = []
+    tokens: list[Token] = []
     for (start, kind), (end, _) in zip(cuts, [*cuts[1:], (len(data), None)], strict=True):
         if kind.name != "comment":
             text = data[start:end].decode(errors="replace")
