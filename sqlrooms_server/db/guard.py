@@ -190,6 +190,7 @@ class _Check:
         if statements.kinds is None:
             self._unparsed(sql)
         if len(list(words.openings(tokens))) > 1:
+            # Step 3, and of step 1 what takes the catalog, come when those before it have run.
             if "" in statements.texts:
                 self._refuse(
                     "This text", "one of its statements can only be checked when it is sent alone"
@@ -197,6 +198,9 @@ class _Check:
             for kind, text in zip(statements.kinds, statements.texts, strict=True):
                 self._kind(_kind_of(kind, next(words.openings(self._tokens(text)), [""])))
         elif statements.kinds:
+            if self._is_closed:
+                self._calls(tokens)
+                self._file_names(tokens)
             self._statement(statements.kinds, sql, tokens)
         return statements
 
@@ -212,9 +216,6 @@ class _Check:
             self._refuse("This text", str(error))
         for opening in words.openings(tokens):
             self._opening(opening)
-        if self._is_closed:
-            self._calls(tokens)
-            self._file_names(tokens)
         return tokens
 
     def _opening(self, opening: list[str]) -> None:
@@ -269,7 +270,8 @@ class _Check:
                 if tokens[i].is_sign("("):
                     self._refuse(f"{token.text.upper()} in brackets", "it cannot be checked there")
 
-    def _may_call(self, name: str) -> bool:
+    def _may_call(self, name: str, above: frozenset[str] = frozenset()) -> bool:
+        """``above``: the macros that call it, which must not go round in circles."""
         if is_harmless(name) or name in GENERATORS or self._guard.has_function(name):
             return True
         if name in CHANGING:
@@ -278,13 +280,26 @@ class _Check:
             return self._policy.schemas is None
         if name in FILE_READERS:
             return self._reads_files
-        # What a macro does is in the plan of its call.
+        # What a macro does is in the plan of its call, but a plan may open a file that the client
+        # has named.
         found = self._native.execute(
-            "SELECT 1 FROM duckdb_functions() WHERE lower(function_name) = ? "
-            "AND function_type IN ('macro', 'table_macro') AND NOT internal LIMIT 1",
+            "SELECT macro_definition FROM duckdb_functions() WHERE lower(function_name) = ? "
+            "AND function_type IN ('macro', 'table_macro') AND NOT internal",
             [name],
         ).fetchall()
-        return bool(found)
+        return bool(found) and all(self._may_define(text, above | {name}) for (text,) in found)
+
+    def _may_define(self, definition: str, above: frozenset[str]) -> bool:
+        try:
+            tokens = words.tokens_of(definition)
+        except words.Unreadable:
+            return False
+        names = {name for name, _ in words.calls(tokens)}
+        if self._policy.is_inside and (
+            names & FILE_READERS or next(words.file_names(tokens), None) is not None
+        ):
+            return False
+        return all(name not in above and self._may_call(name, above) for name in names)
 
     def _file_names(self, tokens: list[Token]) -> None:
         if not self._policy.is_inside:
@@ -358,12 +373,17 @@ class _Check:
 
     def _used(self, sql: str, tokens: list[Token]) -> None:
         self._planned(sql)
-        name = tokens[1].text
+        if self._is_outside(tokens[1].text):
+            self._refuse(f"USE {tokens[1].text}", "it is another database")
+
+    def _is_outside(self, name: str) -> bool:
+        """Whether ``name`` is a database that is out of bounds."""
+        if not self._policy.is_inside or name in self._guard._catalogs:
+            return False
         found = self._native.execute(
             "SELECT 1 FROM duckdb_databases() WHERE lower(database_name) = ?", [name]
         ).fetchall()
-        if self._policy.is_inside and found and name not in self._guard._catalogs:
-            self._refuse(f"USE {name}", "it is another database")
+        return bool(found)
 
     def _several(self, opening: list[str], sql: str, tokens: list[Token]) -> None:
         if opening[0] == "alter" and not self._policy.read_only:
@@ -448,18 +468,17 @@ class _Check:
             self._planned(sql)
 
     def _target(self, target: tuple[str, ...]) -> None:
-        if len(target) > 1 and target[0].lower() in self._guard._catalogs | {"temp"}:
+        first = target[0].lower()
+        if len(target) > 2 or first in self._guard._catalogs:
             self._guard.check_table(target, self._policy, "Changing")
-        elif self._policy.schemas is not None and not (
-            # Without a database: a schema, or something that is not there.
-            target and target[0].lower() in self._policy.schemas
-        ):
+        elif self._is_outside(first):
+            self._refuse("Changing " + ".".join(target), "it is in another database")
+        elif self._policy.schemas is not None and first not in self._policy.schemas:
+            # A schema, or something that is not there.
             self._refuse(
                 "Changing " + ".".join(target),
                 f"open are the schemas {_listed(self._policy.schemas)}; write schema.name",
             )
-        elif len(target) > 2:
-            self._guard.check_table(target, self._policy, "Changing")
 
 
 def _refuse(policy: Policy, what: str, why: str) -> NoReturn:
