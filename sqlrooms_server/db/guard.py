@@ -189,15 +189,13 @@ class _Check:
         statements = self._guard._classifier.classify(self._native, sql)
         if statements.kinds is None:
             self._unparsed(sql)
-        if len(list(words.openings(tokens))) > 1:
+        if statements.is_several:
             # Step 3, and of step 1 what takes the catalog, come when those before it have run.
-            if "" in statements.texts:
-                self._refuse(
-                    "This text", "one of its statements can only be checked when it is sent alone"
-                )
             for kind, text in zip(statements.kinds, statements.texts, strict=True):
                 self._kind(_kind_of(kind, next(words.openings(self._tokens(text)), [""])))
         elif statements.kinds:
+            if len(list(words.openings(tokens))) > 1:
+                self._refuse("This text", "one of its statements must be sent alone to be checked")
             if self._is_closed:
                 self._calls(tokens)
                 self._file_names(tokens)
@@ -265,10 +263,8 @@ class _Check:
                     self._refuse(f"{name}()", "what it reads must be a text, or a list of texts")
                 for path in paths:
                     self._path(path)
-        for i, token in enumerate(tokens[1:]):
-            if token.kind == "keyword" and token.text in ("describe", "desc", "show"):
-                if tokens[i].is_sign("("):
-                    self._refuse(f"{token.text.upper()} in brackets", "it cannot be checked there")
+        if words.has_inner_description(tokens):
+            self._refuse("DESCRIBE in a statement", "it can be checked alone only")
 
     def _may_call(self, name: str, above: frozenset[str] = frozenset()) -> bool:
         """``above``: the macros that call it, which must not go round in circles."""
