@@ -302,6 +302,8 @@ def test_a_token_is_nowhere_to_be_seen(serve: Callable[..., ServerProcess]) -> N
     with contextlib.closing(connection):
         connection.request("GET", f"/version?token={secret}")
         body = connection.getresponse().read().decode()
+        connection.request("GET", "/version")
+        assert json.loads(connection.getresponse().read()).keys() == {"name", "protocol"}
     with Wire(f"{process.url}/?token={secret}") as wire:
         # Its extension is missing, or not; it is not repeated in either case.
         sql = "create secret s (type s3, key_id 'AKIA', secret 'HIDDEN-KEY')"
