@@ -23,7 +23,7 @@ from tests.convergence.schedule import Crew, Schedule, World, arguments
 from tests.npm import install_packages
 from tests.nursery import Nursery
 
-SCHEDULES = int(os.environ.get("SQLROOMS_ROOMS", "8"))
+SCHEDULES = int(os.environ.get("SQLROOMS_ROOMS", "4"))
 FIRST_SEED = int(
     os.environ.get(
         "SQLROOMS_ROOMS_SEED", time.time_ns() >> 20 if "SQLROOMS_ROOMS" in os.environ else 1
