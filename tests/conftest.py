@@ -137,6 +137,14 @@ def server(launch: Callable[..., LocalServer]) -> LocalServer:
     return launch()
 
 
+@pytest.fixture(scope="module")
+def module_server() -> Iterator[LocalServer]:
+    """The same for modules that make it their ``server``: their tests create or replace."""
+    local = LocalServer(Settings(port=0))
+    yield local
+    local.server.stop()
+
+
 @pytest.fixture
 def wire(server: LocalServer) -> Iterator[Wire]:
     """A connection to ``server``."""
