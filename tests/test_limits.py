@@ -65,7 +65,12 @@ def test_a_result_that_its_client_does_not_read_in_time(wire: Wire) -> None:
 
 def test_the_server_has_a_limit_too(launch: Callable[..., LocalServer]) -> None:
     with launch(query_timeout=1, threads=1).connect() as wire:
-        asked = ({}, {"timeoutMs": 60_000}, {"timeoutMs": None}, {"session": "s"})
+        asked: tuple[dict[str, Any], ...] = (
+            {},
+            {"timeoutMs": 60_000},
+            {"timeoutMs": None},
+            {"session": "s"},
+        )
         for number, options in enumerate(asked):
             wire.send(type="exec", sql=ENDLESS, queryId=number, **options)
         replies = sorted((wire.receive() for _ in asked), key=lambda reply: str(reply["queryId"]))
