@@ -22,7 +22,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from sqlrooms_server.errors import StartupError
 from sqlrooms_server.server import Server
 from sqlrooms_server.settings import Settings
-from tests.conftest import LocalServer, ServerProcess
+from tests.conftest import LocalServer, ServerProcess, started
 from tests.test_tokens import ENTRY, SECRET, claims, digest
 from tests.wire import DEADLINE, Wire
 
@@ -291,10 +291,11 @@ def test_it_ends_with_its_terminal(tmp_path: Path) -> None:
 
 def test_a_token_is_nowhere_to_be_seen(serve: Callable[..., ServerProcess]) -> None:
     secret = "TOP-SECRET-TOKEN"
-    process = serve("--auth-token", secret, "--log-level", "debug", "--query-timeout", "77")
-    arguments = Path(f"/proc/{process.pid}/cmdline")
-    if arguments.exists():
-        shown = arguments.read_bytes()
+    arguments = ("--auth-token", secret, "--log-level", "debug", "--query-timeout", "77")
+    process = serve(*arguments, start=started)
+    command_line = Path(f"/proc/{process.pid}/cmdline")
+    if command_line.exists():
+        shown = command_line.read_bytes()
         assert b"--query-timeout" in shown and secret.encode() not in shown
     with process.connect() as stranger:
         close_code_after(stranger, type="auth", token=secret + "x")
