@@ -279,7 +279,7 @@ class Transport:
         if app == ffi.NULL or lib.uws_constructor_failed(self._tls, app):
             raise StartupError(
                 f"The TLS library cannot use --tls-cert {self._certificate.certificate} with "
-                f"--tls-key {self._certificate.key}; make a key of RSA (2048 bits) or ECDSA (P-256)."
+                f"--tls-key {self._certificate.key}; make a key of ECDSA (P-256) or RSA (2048)."
             )
         return app
 
@@ -382,9 +382,7 @@ class Transport:
         try:
             peer = self._reader.peer(res)
             is_exempt = peer == UNIX or self._reader.is_trusted(peer)
-            surplus = self._sockets.opened(
-                key, None if is_exempt else peer, native.descriptor(res)
-            )
+            surplus = self._sockets.opened(key, None if is_exempt else peer, native.descriptor(res))
             if surplus is not None:
                 lib.uws_res_close(self._tls, native.integer_pointer(surplus))
         except Exception:  # loop-callback guard

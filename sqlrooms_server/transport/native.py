@@ -134,7 +134,10 @@ def corked(tls: int, ws: Any, write: Callable[[], None]) -> None:
     "void(const char*, size_t, const char*, size_t, void*)"
 )
 def _add_header(name: Any, name_length: int, value: Any, value_length: int, handle: Any) -> None:
-    pair = unpack(name, name_length).decode("latin-1"), unpack(value, value_length).decode("latin-1")
+    pair = (
+        unpack(name, name_length).decode("latin-1"),
+        unpack(value, value_length).decode("latin-1"),
+    )
     ffi.from_handle(handle).append(pair)
 
 
