@@ -58,6 +58,7 @@ class Recorder:
         self.closed_event.set()
 
     def http(self, request: HttpRequest, exchange: Exchange) -> None:
+        self.request = request
         exchange.respond(200, request.path.encode())
 
 
