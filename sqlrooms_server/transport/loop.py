@@ -279,7 +279,7 @@ class Transport:
         if app == ffi.NULL or lib.uws_constructor_failed(self._tls, app):
             raise StartupError(
                 f"The TLS library cannot use --tls-cert {self._certificate.certificate} with "
-                f"--tls-key {self._certificate.key}; make a key of RSA (2048 bits) or ECDSA (P-256)."
+                f"--tls-key {self._certificate.key}; make a key of ECDSA (P-256) or RSA (2048)."
             )
         return app
 
