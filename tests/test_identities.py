@@ -203,6 +203,20 @@ def close_code_after(wire: Wire, **fields: Any) -> tuple[int, list[Any]]:
     return close_code(wire)
 
 
+def test_users_of_a_proxy(launch: Callable[..., LocalServer], tmp_path: Path) -> None:
+    path = token_file(tmp_path, TOKENS + '[proxy]\nuser_header = "X-User"\nrole = "guest"\n')
+    behind = launch(tokens=path, trusted_proxy=("127.0.0.1",))
+    with behind.connect(additional_headers={"X-User": "zoe"}) as zoe:
+        assert zoe.request(type="subscribe", channel="to/zoe")["type"] == "subscribed"
+        assert zoe.request(type="subscribe", channel="to/bob")["code"] == "forbidden"
+    for lines in ([("X-User", "bob"), ("X-User", "zoe")], [("X-Users", "bob")]):
+        with behind.connect(additional_headers=lines) as wire:
+            wire.send(type="hello")
+            assert close_code(wire)[0] == 1008
+    with launch(tokens=path).connect(additional_headers={"X-User": "zoe"}) as stranger:
+        assert close_code_after(stranger, type="hello")[0] == 1008
+
+
 def test_strangers_have_little_time(launch: Callable[..., LocalServer]) -> None:
     server = launch(auth_token="t", auth_timeout=1, max_strangers=2)
     with server.connect() as silent, server.connect("/?token=t") as known, server.connect():
