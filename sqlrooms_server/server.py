@@ -15,6 +15,7 @@ from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.engine import environment as engine_environment
 from sqlrooms_server.db.room_files import place, published_rooms
 from sqlrooms_server.db.room_store import RoomStore
+from sqlrooms_server.db.sandbox import Sandbox
 from sqlrooms_server.db.store import create_meta_tables
 from sqlrooms_server.errors import ServerError, ShuttingDown, StartupError
 from sqlrooms_server.features import Feature, MessageHandler
@@ -144,11 +145,13 @@ class Server:
                 read_only=settings.read_only,
                 extensions=settings.extensions,
                 limits=settings.duckdb_limits,
+                sandbox=Sandbox.of(settings),
             )
             undo.callback(lambda: self._engine.close(time.monotonic() + _DATABASE_CLOSED_BY))
             restore_cache()
             create_meta_tables(self._engine, settings.meta_namespace, settings.meta_db)
             self._open_rooms()
+            self._engine.lock()
             undo.callback(lambda: self._close_rooms(time.monotonic(), time.monotonic() + 1.0))
             self._scheduler = Scheduler(settings.worker_count, settings.max_queue, self._timers)
             undo.callback(lambda: self._scheduler.close(time.monotonic() + _QUERIES_STOPPED_BY))

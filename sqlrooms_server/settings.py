@@ -80,6 +80,23 @@ class Settings:
         (),
         "DuckDB extensions to load at start: name, name@repository or the absolute path of a file.",
     )
+    sandbox: str = _setting(
+        "",
+        "What the SQL of clients may do at most: select (any SELECT on the database, nothing "
+        "outside of it) or database (any SQL on the database, nothing outside of it). Without it, "
+        "they may read and write files as the server can.",
+    )
+    allow_dir: tuple[str, ...] = _setting(
+        (), "With --sandbox: directories whose files clients can read all the same."
+    )
+    sandbox_functions: tuple[str, ...] = _setting(
+        (), "Functions of extensions that clients may call whom --sandbox or their role restricts."
+    )
+    sandbox_temp_size: int = _setting(
+        16 << 30,
+        "With --sandbox: bytes that DuckDB may put into its temporary directory.",
+        unit="size",
+    )
     auth_token: str = _setting(
         "",
         "Token that clients must present. Prefer the environment variable or the file: "
@@ -257,6 +274,7 @@ class Settings:
             ("room_idle_timeout", 0, 7 * 24 * 3600),
             ("room_memory", 0, 1 << 50),
             ("cache_size", 0, 1 << 50),
+            ("sandbox_temp_size", 0, 1 << 50),
             ("threads", 0, 1024),
             ("workers", 0, 1024),
             # uWebSockets ends the process for anything outside.
@@ -268,6 +286,13 @@ class Settings:
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise StartupError(
                 f"--log-level must be debug, info, warning or error, not {self.log_level!r}."
+            )
+        if self.sandbox not in ("", "select", "database"):
+            raise StartupError(f"--sandbox must be select or database, not {self.sandbox!r}.")
+        if self.allow_dir and not self.sandbox:
+            raise StartupError(
+                "--allow-dir opens directories to the clients of a sandbox; give --sandbox too. "
+                "Without it they can read every file that the server can."
             )
         if self.proxy_headers not in ("x-forwarded", "forwarded"):
             raise StartupError(

@@ -180,6 +180,7 @@ def _role(name: str, entry: _Table) -> Role:
             extensions=entry.flag("extensions", False),
             schemas=None if schemas is None else frozenset(map(str.lower, schemas)),
             kinds=None if kinds is None else frozenset(kinds),
+            source=f"role {name!r}",
         ),
         read_channels=Names(entry.texts("read_channels") or ()),
         write_channels=Names(entry.texts("write_channels") or ()),

@@ -13,6 +13,7 @@ import pyarrow as pa
 from sqlrooms_server.db.changes import Expected, is_uncertain, joined
 from sqlrooms_server.db.columns import Column, columns_of, exact_for_json, has_variant
 from sqlrooms_server.db.parameters import bindable, check_binds
+from sqlrooms_server.db.policy import UNRESTRICTED, Policy
 from sqlrooms_server.db.statements import Statements
 from sqlrooms_server.errors import Cancelled, Conflict, QueryError, ServerError
 from sqlrooms_server.messages import Params
@@ -120,7 +121,8 @@ class Cursor:
     DuckDB's errors come out of the block as ``QueryError`` with their text, or ``Conflict``. Only
     its worker uses a cursor; :meth:`interrupt` and :meth:`progress` are for other threads.
 
-    The native cursor of a ``session`` outlives the job.
+    The native cursor of a ``session`` outlives the job. ``policy`` bounds what :meth:`run` and
+    :meth:`examine` take.
     """
 
     def __init__(
@@ -129,8 +131,10 @@ class Cursor:
         engine: Engine,
         *,
         session: SharedCursor | None = None,
+        policy: Policy = UNRESTRICTED,
     ) -> None:
         self.native = native
+        self._policy = None if policy.is_open else policy
         self._session = session
         # What has happened by now that an error of the query does not undo: a sentence, or none.
         self.aftermath = ""
@@ -195,6 +199,17 @@ class Cursor:
         if self._interrupted:
             raise Cancelled("The query was cancelled.")
 
+    @property
+    def is_restricted(self) -> bool:
+        return self._policy is not None
+
+    def examine(self, sql: str) -> Statements:
+        """What ``sql`` is. Raises ``Forbidden`` when it must not run; see :class:`guard.Guard`."""
+        if self._policy is None:
+            return self._engine.classifier.classify(self.native, sql)
+        own_names = self._session is not None
+        return self._engine.guard.check(self.native, sql, self._policy, own_names=own_names)
+
     def bind(self, sql: str) -> None:
         """Raise what DuckDB says about one SELECT that cannot run. Does not run it."""
         # Lazy, for a query.
@@ -213,7 +228,14 @@ class Cursor:
         self.check()
         if self._result is not None:
             self._result.reader.close()
-        statements = self._engine.classifier.classify(self.native, sql)
+        epoch = self._engine.versions.epoch
+        statements = self.examine(sql)
+        if self._policy is not None and statements.is_several:
+            # A later one may only be checked when those before it have run.
+            *first, sql = statements.texts
+            for text in first:
+                self._run_through(text)
+            return self.run(sql, params, formats)
         if statements.kinds == ():
             return None
         if params is not None:
@@ -224,7 +246,21 @@ class Cursor:
             self._result = self._run_change(sql, params, statements, formats)
         else:
             self._result = self._run(sql, params, statements, formats)
+        if self._policy is not None and self._session is None:
+            if epoch != self._engine.versions.epoch and not statements.effects:
+                # What it names may have become something else since it was checked. Nothing is
+                # sent yet. Another cursor asks, since this one has a result open.
+                with self._engine.cursor(self._policy) as other:
+                    other.examine(sql)
         return self._result
+
+    def _run_through(self, sql: str) -> None:
+        """Run ``sql``, and drop what it returns."""
+        result = self.run(sql)
+        if result is not None:
+            for _ in result.reader:
+                self.check()
+        self.aftermath = " Statements before the last may have been carried out."
 
     def _run_change(
         self, sql: str, params: Params | None, statements: Statements, formats: tuple[str, ...]
@@ -396,11 +432,11 @@ class SharedCursor:
         # What the open transaction is going to change when it commits.
         self._pending: Expected | None = None
 
-    def for_job(self) -> Cursor:
+    def for_job(self, policy: Policy = UNRESTRICTED) -> Cursor:
         """The cursor for one job, made when the first one needs it. For one worker at a time."""
         if self._native is None:
             self._native = self._engine.native_cursor()
-        return Cursor(self._native, self._engine, session=self)
+        return Cursor(self._native, self._engine, session=self, policy=policy)
 
     def committed(
         self, expected: Expected | None, statements: Statements, *, failed: bool

@@ -6,6 +6,7 @@ lets an interrupt hit only its own query, and rolls a forgotten ``BEGIN`` back w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -20,7 +21,10 @@ import pyarrow as pa
 from sqlrooms_server.db import files
 from sqlrooms_server.db.changes import Changes
 from sqlrooms_server.db.cursor import Cursor, is_conflict, query_failure
+from sqlrooms_server.db.guard import Guard
 from sqlrooms_server.db.plans import Readings
+from sqlrooms_server.db.policy import UNRESTRICTED, Policy
+from sqlrooms_server.db.sandbox import Sandbox
 from sqlrooms_server.db.statements import Classifier, quote_identifier, quote_literal
 from sqlrooms_server.db.versions import Versions
 
@@ -55,9 +59,12 @@ class Engine:
         read_only: bool,
         extensions: tuple[str, ...],
         limits: Mapping[str, str] | None = None,
+        sandbox: Sandbox | None = None,
     ) -> None:
         """``limits`` are settings of DuckDB, such as ``memory_limit``, and their values."""
         self.read_only = read_only
+        self._sandbox = sandbox or Sandbox()
+        self._locks = contextlib.ExitStack()
         self.classifier = Classifier()
         self.versions = Versions()
         self.changes = Changes(self.versions)
@@ -70,6 +77,7 @@ class Engine:
                 "python_enable_replacements": "false",
                 # Nothing is fetched that was not asked for.
                 "autoinstall_known_extensions": "false",
+                **self._sandbox.config,
             },
         )
         try:
@@ -85,10 +93,23 @@ class Engine:
             raise
 
         self.readings = Readings(self.versions, self.catalog)
+        self.guard = Guard(
+            self.versions,
+            self.classifier,
+            self.catalog,
+            self._sandbox.directories,
+            self._sandbox.functions,
+        )
 
-    def cursor(self) -> Cursor:
-        """A fresh cursor for one job. Raises ``QueryError`` when the database is closed."""
-        return Cursor(self.native_cursor(), self)
+    def bounded(self, policy: Policy) -> Policy:
+        """``policy`` of somebody within what the sandbox allows everybody."""
+        base = self._sandbox.policy
+        return policy if base.is_open else policy.within(base)
+
+    def cursor(self, policy: Policy = UNRESTRICTED) -> Cursor:
+        """A fresh cursor for one job, of the server itself unless ``policy``, as :meth:`bounded`
+        returned it, says what it may do. Raises ``QueryError`` when the database is closed."""
+        return Cursor(self.native_cursor(), self, policy=policy)
 
     def native_cursor(self) -> duckdb.DuckDBPyConnection:
         """A fresh cursor of DuckDB. Raises ``QueryError`` when the database is closed."""
@@ -135,6 +156,12 @@ class Engine:
                 f"ATTACH {quote_literal(path)} AS {quote_identifier(name)}{mode}"
             )
 
+        self.guard.add_catalog(name)
+
+    def lock(self) -> None:
+        """Before the first client, and after everything else: lock DuckDB, if it is to be."""
+        self._locks.enter_context(self._sandbox.locked(self._connection))
+
     def ping(self) -> None:
         """Run a small query. Raises ``QueryError`` when DuckDB does not answer it.
 
@@ -166,3 +193,4 @@ class Engine:
             self._connection.close()
         except duckdb.Error as error:
             log.warning("The database was not closed cleanly (nothing is lost): %s", error)
+        self._locks.close()

@@ -29,6 +29,7 @@ _READING_NODES = frozenset(
     "ASOF_JOIN DEPENDENT_JOIN UNION EXCEPT INTERSECT".split()
 )
 _WRITING_NODES = frozenset("INSERT UPDATE DELETE MERGE_INTO".split())
+_DEFINING_NODES = ("CREATE_", "DROP", "ALTER")
 
 # Table functions whose rows follow from their arguments.
 _GENERATORS = frozenset(
@@ -54,14 +55,21 @@ _SIDE_EFFECTS = frozenset({"nextval", "setval", "setseed", "write_log"})
 
 
 class Unplannable(Exception):
-    """DuckDB gives no plan. The text says why."""
+    """DuckDB gives no plan. The text says why, ``kind`` is DuckDB's word for the kind of error."""
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass
 class Plan:
     """What stands in one plan. ``nodes`` are those that are neither known to read nor to write.
 
-    ``row_ids`` counts the scans whose rowid may be used.
+    ``row_ids`` counts the scans whose rowid may be used. ``targets`` are the full names of what is
+    created, dropped or altered, or as much of them as DuckDB knows. ``calls`` are functions in what
+    is only bound when it is used: macros and defaults. ``views`` are queries of views to create,
+    as ``json_deserialize_sql`` takes them.
     """
 
     reads: list[Table] = field(default_factory=list)
@@ -70,6 +78,10 @@ class Plan:
     table_functions: set[str] = field(default_factory=set)
     nodes: set[str] = field(default_factory=set)
     row_ids: int = 0
+    targets: list[tuple[str, ...]] = field(default_factory=list)
+    sequences: list[Table] = field(default_factory=list)
+    calls: set[str] = field(default_factory=set)
+    views: list[str] = field(default_factory=list)
 
 
 def plan_of(native: duckdb.DuckDBPyConnection, sql: str) -> Plan:
@@ -90,7 +102,7 @@ def plan_of(native: duckdb.DuckDBPyConnection, sql: str) -> Plan:
         if serialized.get("error_type") == "internal":
             # What DuckDB 1.5 does with a parameter whose type does not follow from where it stands.
             reason += " Write the types of its parameters, such as $n::INTEGER"
-        raise Unplannable(reason)
+        raise Unplannable(reason, str(serialized.get("error_type")))
     plan = Plan()
     _collect(serialized["plans"], plan)
     return plan
@@ -111,6 +123,11 @@ def _collect(value: Any, plan: Plan) -> None:
                 # Window functions such as row_number() have none.
                 if name:
                     plan.functions.add(name)
+                source = (value.get("function_data") or {}).get("sequence_create_info")
+                if source:
+                    plan.sequences.append(_named(source))
+            elif "function_name" in value:
+                plan.calls.add(str(value["function_name"]).lower())
             waiting.extend(value.values())
 
 
@@ -129,8 +146,24 @@ def _collect_node(kind: str, node: dict[str, Any], plan: Plan) -> None:
         plan.writes.append(_named(node.get("table_info") or node["info"]))
     elif kind not in _READING_NODES:
         plan.nodes.add(kind)
+        if kind.startswith(_DEFINING_NODES):
+            _collect_target(node["info"], plan)
     elif kind in ("PROJECTION", "AGGREGATE_AND_GROUP_BY") and _only_counts(node):
         plan.row_ids -= 1
+
+
+def _collect_target(info: dict[str, Any], plan: Plan) -> None:
+    qualified = info.get("qualified_name")
+    if qualified:
+        names = qualified["path"]
+    else:
+        last = info.get("table") or info.get("view_name") or info.get("name")
+        names = info.get("catalog"), info.get("schema"), last
+    plan.targets.append(tuple(name for name in names if name))
+    # A view is not bound in the plan that creates it.
+    query = info.pop("query", None)
+    if query:
+        plan.views.append(ujson.dumps({"error": False, "statements": [query]}))
 
 
 def _columns(scan: dict[str, Any]) -> list[int]:
@@ -158,7 +191,7 @@ def _named(info: dict[str, Any]) -> Table:
     if qualified:
         catalog, schema, name = qualified["path"]
         return catalog, schema, name
-    return info["catalog"], info["schema"], info["table"]
+    return info["catalog"], info["schema"], info.get("table") or info["name"]
 
 
 @dataclass(frozen=True, slots=True)

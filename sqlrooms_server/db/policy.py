@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,6 +14,10 @@ class Policy:
     there. ``extensions``: more of DuckDB can be installed and loaded. ``schemas``: those of the
     main database whose tables can be read and changed, in lower case; None for all. ``kinds``:
     the statements that may run, as DuckDB names their kinds (``"SELECT"``); None for all.
+    ``source`` tells people where the policy comes from.
+
+    Tables can be told from each other only inside of the database, so with ``schemas`` nothing
+    outside can be reached, whatever ``files`` says.
     """
 
     read_only: bool = False
@@ -21,11 +25,17 @@ class Policy:
     extensions: bool = True
     schemas: frozenset[str] | None = None
     kinds: frozenset[str] | None = None
+    source: str = field(default="", compare=False)
 
     @property
     def is_open(self) -> bool:
         """Whether it forbids nothing."""
         return self == UNRESTRICTED
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether nothing outside of the database can be reached."""
+        return not self.files or self.schemas is not None
 
     def within(self, other: Policy) -> Policy:
         """What both allow."""
@@ -35,6 +45,7 @@ class Policy:
             extensions=self.extensions and other.extensions,
             schemas=_both(self.schemas, other.schemas),
             kinds=_both(self.kinds, other.kinds),
+            source=" and ".join(filter(None, (self.source, other.source))),
         )
 
 

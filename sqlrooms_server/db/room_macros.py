@@ -34,6 +34,9 @@ _TIME = pa.timestamp("ms", tz="UTC")
 # What the macros are over; part of the text by which ours are told from others.
 _ONE, _ALL = "__sqlrooms_room", "__sqlrooms_rooms"
 
+# What they are copied from.
+_COPIED = "__sqlrooms_arriving"
+
 _MACROS = {
     "room": (
         "CREATE OR REPLACE TEMP MACRO room(name) AS TABLE SELECT room_id, document::JSON AS "
@@ -102,10 +105,12 @@ def provide(
     tables: RoomTables,
     *,
     is_fresh: bool,
+    copied: bool = False,
 ) -> None:
     """Let ``native`` know the ``functions``. One that somebody has defined stays as it is.
 
-    ``is_fresh``: nothing is left in it by an earlier call.
+    ``is_fresh``: nothing is left in it by an earlier call. ``copied``: into temporary tables,
+    which DuckDB can plan; 2.x writes no plan of what reads the memory of this process.
     """
     for function in functions:
         try:
@@ -117,7 +122,13 @@ def provide(
                 if is_theirs and any(known):
                     native.execute(f"DROP MACRO TABLE IF EXISTS temp.{function}")
             if not is_theirs:
-                native.register(*_table(function, tables))
+                name, table = _table(function, tables)
+                if copied:
+                    native.register(_COPIED, table)
+                    native.execute(f"CREATE OR REPLACE TEMP TABLE {name} AS FROM {_COPIED}")
+                    native.unregister(_COPIED)
+                else:
+                    native.register(name, table)
                 native.execute(_MACROS[function])
         except duckdb.TransactionException:
             # A transaction that failed takes nothing but its end; the text will hear of it.

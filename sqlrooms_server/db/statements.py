@@ -50,6 +50,9 @@ class Statements:
     ``kinds`` are the kinds of its statements, in order, as DuckDB names them (``"SELECT"``):
     empty when it holds none, None when DuckDB could not say.
 
+    ``texts`` are theirs: "" for one that DuckDB made of another. ``is_several``: so that each could
+    be sent alone.
+
     ``parameters`` are the names of those of the last statement, None when they are not known.
     ``effects`` are what the statements may change, see :mod:`sqlrooms_server.db.effects`.
     ``transactions`` are "begin", "commit" or "rollback" for each of those that does that.
@@ -63,6 +66,7 @@ class Statements:
         "effects",
         "end_in_change",
         "is_one_select",
+        "is_several",
         "kinds",
         "may_retry",
         "parameters",
@@ -70,6 +74,7 @@ class Statements:
         "returns_rows",
         "schema_message",
         "sql",
+        "texts",
         "transactions",
         "width",
     )
@@ -81,6 +86,7 @@ class Statements:
         parameters: frozenset[str] | None = None,
         effects: tuple[Effect, ...] = (),
         transactions: tuple[str, ...] = (),
+        texts: tuple[str, ...] = (),
     ) -> None:
         last = kinds[-1] if kinds else ""
         self.sql = sql
@@ -88,6 +94,8 @@ class Statements:
         self.parameters = parameters
         self.effects = effects
         self.transactions = transactions
+        self.texts = texts
+        self.is_several = len(texts) > 1 and "" not in texts
         self.parsed: duckdb.Statement | None = None
         self.width: int | None = None
         self.schema_message: Any = None
@@ -154,7 +162,7 @@ def _parsed(cursor: duckdb.DuckDBPyConnection, sql: str) -> Statements:
         texts = ("",) * len(kinds)
     parameters = frozenset(parsed[-1].named_parameters)
     statements = Statements(
-        sql, kinds, parameters, effects_of(kinds, texts, sql), transactions_of(kinds, texts)
+        sql, kinds, parameters, effects_of(kinds, texts, sql), transactions_of(kinds, texts), texts
     )
     # A PRAGMA of 1.5 has become the text of another statement.
     if texts == (sql,) and len(sql) <= _MEMO_PARSED_LENGTH:

@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator, Mapping
 from sqlrooms_server.cache import Entry, Key, ResultCache
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.plans import MAX_PLANNED_LENGTH, Reading
+from sqlrooms_server.db.policy import Policy
 from sqlrooms_server.db.results import Chunk, arrow_chunks, json_chunks
 from sqlrooms_server.db.versions import Token
 from sqlrooms_server.features import Feature, MessageHandler
@@ -60,19 +61,20 @@ class CachedQueries(Feature):
     def closed(self, peer: Peer) -> None:
         self._lanes.pop(peer, None)
 
-    def answer(self, peer: Peer, query: Query) -> bool:
+    def answer(self, peer: Peer, query: Query, policy: Policy) -> bool:
         """Answer ``query`` from memory, on the loop thread; False when that is not possible."""
         if self._cache is None or _is_large(query):
             return False
         self._engine.versions.in_use = True
-        entry = self._cache.peek(_key(query))
+        key = _key(query, policy)
+        entry = self._cache.peek(key)
         if entry is None or entry.body is None or query.options.stream or peer.is_behind:
             return False
         # A request under the same id must be refused as ever.
         if self._requests.find(peer, query.query_id) is not None:
             return False
         if not self._engine.versions.holds(entry.token):
-            self._cache.discard(_key(query))
+            self._cache.discard(key)
             return False
         self._count("hits")
         is_text, chunks = _reply(query, entry, cached=True)
@@ -83,23 +85,27 @@ class CachedQueries(Feature):
             peer.send_binary(message)
         return True
 
-    def work(self, request: Request, query: Query, alone: Work) -> Work:
+    def work(self, request: Request, query: Query, policy: Policy, alone: Work) -> Work:
         """Answer ``request`` from the cache, from a run that others wait for, or ``alone``."""
         lane = self._lanes.setdefault(request.peer, Lane())
-        return self._work(request, query, lane, alone)
+        return self._work(request, query, policy, lane, alone)
 
-    def _work(self, request: Request, query: Query, lane: Lane, alone: Work) -> Work:
+    def _work(
+        self, request: Request, query: Query, policy: Policy, lane: Lane, alone: Work
+    ) -> Work:
         cache, versions = self._cache, self._engine.versions
-        reading = None if cache is None or _is_large(query) else self._reading(request, query)
+        reading = (
+            None if cache is None or _is_large(query) else self._reading(request, query, policy)
+        )
         entry, is_hit = None, False
         if cache is not None and reading is not None and not reading.uncacheable:
-            key = _key(query)
+            key = _key(query, policy)
             token = versions.token(reading.epoch, reading.tables)
             if self._too_large.get(key) != token:
                 entry = cache.find(key)
                 is_hit = entry is not None and versions.holds(entry.token)
                 if not is_hit:
-                    entry = yield from self._joined(cache, key, token, request, query, lane)
+                    entry = yield from self._joined(cache, key, token, request, query, policy, lane)
         if entry is None:
             self._count("uncacheable")
             yield from alone
@@ -110,14 +116,14 @@ class CachedQueries(Feature):
         for chunk in chunks:
             yield Pause.FULL if request.put(chunk) else Pause.TURN
 
-    def _reading(self, request: Request, query: Query) -> Reading | None:
+    def _reading(self, request: Request, query: Query, policy: Policy) -> Reading | None:
         """What ``query`` reads; None when it is not one SELECT."""
         known = self._engine.readings.known(query.sql)
-        if known is not None:
+        if known is not None and policy.is_open:
             return known
-        with self._engine.cursor() as cursor:
+        with self._engine.cursor(policy) as cursor:
             request.cursor = cursor
-            statements = self._engine.classifier.classify(cursor.native, query.sql)
+            statements = cursor.examine(query.sql)
             if not statements.is_one_select:
                 return None
             return self._engine.readings.of(cursor.native, query.sql)
@@ -129,6 +135,7 @@ class CachedQueries(Feature):
         token: Token,
         request: Request,
         query: Query,
+        policy: Policy,
         lane: Lane,
     ) -> Generator[Pause, None, Entry | None]:
         """Wait for the run that computes ``key``; its entry, or None when it is too large."""
@@ -147,7 +154,7 @@ class CachedQueries(Feature):
                     if flight.entry is not None and self._engine.versions.holds(token):
                         cache.store(key, flight.entry)
 
-                run = self._compute(cache, flight, query)
+                run = self._compute(cache, flight, query, policy)
                 self._flights.begin(key, flight, lane, run, keep)
             while not flight.is_over:
                 yield Pause.WAIT
@@ -166,10 +173,10 @@ class CachedQueries(Feature):
             self._too_large.clear()
         self._too_large[key] = token
 
-    def _compute(self, cache: ResultCache, flight: Flight, query: Query) -> Work:
+    def _compute(self, cache: ResultCache, flight: Flight, query: Query, policy: Policy) -> Work:
         spool = cache.spool()
         try:
-            with self._engine.cursor() as cursor:
+            with self._engine.cursor(policy) as cursor:
                 flight.cursor = cursor
                 if query.options.progress:
                     cursor.show_progress()
@@ -217,10 +224,22 @@ def _is_large(query: Query) -> bool:
     return max(query.options.size, len(query.sql)) > MAX_PLANNED_LENGTH
 
 
-def _key(query: Query) -> Key:
+def _scope(policy: Policy) -> str:
+    """``policy`` as a text that equal ones share; empty for an open one."""
+    if policy.is_open:
+        return ""
+    flags = policy.read_only, policy.files, policy.extensions
+    return json.dumps([*flags, _sorted(policy.schemas), _sorted(policy.kinds)])
+
+
+def _sorted(names: frozenset[str] | None) -> list[str] | None:
+    return None if names is None else sorted(names)
+
+
+def _key(query: Query, policy: Policy) -> Key:
     """What makes two queries the same. Chunks are cut from the same bytes as one message."""
     options = query.options
-    formats = ",".join(query.formats)
+    formats = ",".join(query.formats) + _scope(policy)
     return query.sql, _canonical(options.params), formats, options.compression, options.max_rows
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
+from sqlrooms_server.db.policy import Policy
 from sqlrooms_server.db.results import arrow_chunks
 from sqlrooms_server.db.room_macros import wanted_rooms
 from sqlrooms_server.db.versions import Recorded, Token
@@ -38,13 +39,13 @@ _MAX_WAITING_BYTES = 512 << 20
 # A result up to this is kept for subscribers that come later.
 _KEPT_BYTES = 256 << 10
 
-_Key = tuple[str, str, int | None, str | None, float | None]
+_Key = tuple[str, str, int | None, str | None, float | None, Policy]
 
 
-def _key(live: Live) -> _Key:
+def _key(live: Live, policy: Policy) -> _Key:
     options = live.options
     params = json.dumps(options.params)
-    return live.sql, params, options.max_rows, options.compression, options.timeout
+    return live.sql, params, options.max_rows, options.compression, options.timeout, policy
 
 
 class Subscription(Request):
@@ -69,9 +70,10 @@ class _Query:
     ``state`` counts the results that differed. ``body`` is the last one while it is needed.
     """
 
-    def __init__(self, sql: str, options: Options) -> None:
+    def __init__(self, sql: str, options: Options, policy: Policy) -> None:
         self.sql = sql
         self.options = options
+        self.policy = policy
         self.subscriptions: set[Subscription] = set()
         self.state = 0
         self.body: bytes | None = None
@@ -135,10 +137,11 @@ class LiveQueries(Feature):
             return
         if not self._requests.register(subscription):
             return
-        key = _key(live)
+        policy = self._engine.bounded(peer.role.sql)
+        key = _key(live, policy)
         query = self._queries.get(key)
         if query is None:
-            query = self._queries[key] = _Query(live.sql, live.options)
+            query = self._queries[key] = _Query(live.sql, live.options, policy)
         query.subscriptions.add(subscription)
         self._counts[peer] = self._counts.get(peer, 0) + 1
         subscription.on_answered = lambda: self._leave(key, query, subscription)
@@ -220,9 +223,9 @@ class LiveQueries(Feature):
 
     def _work(self, query: _Query, result: _Result) -> Work:
         engine = self._engine
-        with engine.cursor() as cursor:
+        with engine.cursor(query.policy) as cursor:
             query.cursor = cursor
-            statements = engine.classifier.classify(cursor.native, query.sql)
+            statements = cursor.examine(query.sql)
             if statements.kinds is None:
                 # Raises what DuckDB says about a text that it cannot parse.
                 cursor.native.extract_statements(query.sql)

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from sqlrooms_server.db.cursor import Cursor, Result
 from sqlrooms_server.db.engine import Engine
+from sqlrooms_server.db.policy import Policy
 from sqlrooms_server.db.results import BROKEN_ARROW, Chunk, arrow_chunks, json_chunks
 from sqlrooms_server.db.room_macros import provide, wanted_rooms
 from sqlrooms_server.errors import ServerError, TooLarge
@@ -57,15 +58,18 @@ class Queries(Feature):
 
     def _submit(self, peer: Peer, query: Query) -> None:
         persist = query.options.persist and query.options.session is None
-        if persist and self._cached.answer(peer, query):
+        # That of now: whoever is disconnected has no role any more, but may have begun what
+        # others wait for.
+        policy = self._engine.bounded(peer.role.sql)
+        if persist and self._cached.answer(peer, query, policy):
             return
         request = self._request(peer, query)
         if query.options.session is not None:
-            submitted = self._submit_in_session(request, query, query.options.session)
+            submitted = self._submit_in_session(request, query, query.options.session, policy)
         else:
-            work = self._work(request, query, self._engine.cursor)
+            work = self._work(request, query, lambda: self._engine.cursor(policy))
             if persist:
-                work = self._cached.work(request, query, work)
+                work = self._cached.work(request, query, policy, work)
             submitted = self._requests.submit(request, work)
         if not submitted:
             return
@@ -89,7 +93,7 @@ class Queries(Feature):
         broken_end = BROKEN_ARROW if "arrow" in query.formats else b""
         return Request(self._requests, peer, query.query_id, size=size, broken_end=broken_end)
 
-    def _submit_in_session(self, request: Request, query: Query, name: str) -> bool:
+    def _submit_in_session(self, request: Request, query: Query, name: str, policy: Policy) -> bool:
         peer = request.peer
         try:
             session = self._sessions.use(peer, name)
@@ -97,7 +101,7 @@ class Queries(Feature):
             request.refuse(error)
             return False
         request.on_answered = lambda: self._sessions.used(peer, name, session)
-        work = self._work(request, query, session.cursor)
+        work = self._work(request, query, lambda: session.cursor(policy))
         return self._requests.submit(request, work, session.lane)
 
     def _work(self, request: Request, query: Query, open_cursor: Callable[[], Cursor]) -> Work:
@@ -111,7 +115,13 @@ class Queries(Feature):
             request.cursor = cursor
             if wanted is not None:
                 is_fresh = query.options.session is None
-                provide(cursor.native, wanted.functions, tables, is_fresh=is_fresh)
+                provide(
+                    cursor.native,
+                    wanted.functions,
+                    tables,
+                    is_fresh=is_fresh,
+                    copied=cursor.is_restricted,
+                )
             if query.options.progress:
                 cursor.show_progress()
             result = cursor.run(query.sql, query.options.params, query.formats)

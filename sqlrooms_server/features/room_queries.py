@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable
 
 from sqlrooms_server.db.room_macros import RoomTables, Wanted
 from sqlrooms_server.db.room_store import RoomStore
-from sqlrooms_server.errors import BadRequest, ServerError, TooLarge
+from sqlrooms_server.errors import BadRequest, Forbidden, ServerError, TooLarge
 from sqlrooms_server.features.requests import Request, Requests
 from sqlrooms_server.features.rooms import Rooms
 from sqlrooms_server.jobs import Pause
@@ -29,7 +29,12 @@ class RoomReader:
     def read(self, request: Request, wanted: Wanted) -> Generator[Pause, None, RoomTables]:
         """What ``wanted`` asks for, with everything that was acked by now."""
         tables = RoomTables()
-        listed = self._store.rooms()
+        readable = request.peer.role.read_rooms
+        for name in wanted.names:
+            if name not in readable:
+                role = request.peer.role.name
+                raise Forbidden(f"The role {role!r} may not read room {name!r} (read_rooms).")
+        listed = [room for room in self._store.rooms() if room[0] in readable]
         if "rooms" in wanted.functions:
             tables.listed = [(name, size, updated) for name, updated, size in listed]
         names = [name for name, _, _ in listed if wanted.all or name in wanted.names]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from sqlrooms_server.db.cursor import Cursor, SharedCursor
 from sqlrooms_server.db.engine import Engine
+from sqlrooms_server.db.policy import Policy
 from sqlrooms_server.errors import Busy, Gone, ServerError
 from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.requests import as_server_error
@@ -31,9 +32,9 @@ class Session:
         self.idle: Timer | None = None
         self._shared = SharedCursor(engine)
 
-    def cursor(self) -> Cursor:
-        """The cursor for one job. For the worker."""
-        return self._shared.for_job()
+    def cursor(self, policy: Policy) -> Cursor:
+        """The cursor for one job, which ``policy`` bounds. For the worker."""
+        return self._shared.for_job(policy)
 
     def close(self) -> None:
         """Roll back and free what the session holds. For the worker, or when none is left."""

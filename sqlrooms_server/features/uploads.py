@@ -11,6 +11,7 @@ from typing import Any
 from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.ipc import PushedStream
+from sqlrooms_server.db.policy import Policy
 from sqlrooms_server.db.uploads import TableWriter, write_table
 from sqlrooms_server.errors import (
     BadRequest,
@@ -171,15 +172,22 @@ class Uploads(Feature):
 
     def _upload(self, peer: Peer, upload: Upload) -> None:
         request = Request(self._requests, peer, upload.query_id, size=len(upload.body))
-        self._requests.submit(request, self._write_whole(request, upload))
+        policy = self._engine.bounded(peer.role.sql)
+        self._requests.submit(request, self._write_whole(request, upload, policy))
 
-    def _write_whole(self, request: Request, upload: Upload) -> Work:
+    def _write_whole(self, request: Request, upload: Upload, policy: Policy) -> Work:
         with self._engine.cursor() as cursor:
             request.cursor = cursor
+            self._check(policy, upload.table, upload.mode)
             write_table(self._engine, cursor, upload.table, upload.mode, upload.body)
         request.reply(encode({"type": "uploadAck", "queryId": upload.query_id}))
         return
         yield  # a job is a generator, also one that never pauses
+
+    def _check(self, policy: Policy, table: TableName, mode: UploadMode) -> None:
+        """Raise ``Forbidden`` when ``policy`` does not let ``table`` be written so."""
+        if not policy.is_open:
+            self._engine.guard.check_upload(table, policy, new=mode != "append")
 
     def _chunk(self, peer: Peer, chunk: UploadChunk) -> None:
         if chunk.table is not None:
@@ -213,7 +221,8 @@ class Uploads(Feature):
             )
             return
         lane = self._lanes.setdefault(peer, Lane(MAX_UPLOADS))
-        work = self._write_chunks(upload, table, chunk.mode)
+        policy = self._engine.bounded(peer.role.sql)
+        work = self._write_chunks(upload, table, chunk.mode, policy)
         if self._requests.submit(upload, work, lane):
             upload.add(chunk)
 
@@ -231,9 +240,12 @@ class Uploads(Feature):
         if len(ended) > _MAX_ENDED:
             del ended[next(iter(ended))]
 
-    def _write_chunks(self, upload: ChunkedUpload, table: TableName, mode: UploadMode) -> Work:
+    def _write_chunks(
+        self, upload: ChunkedUpload, table: TableName, mode: UploadMode, policy: Policy
+    ) -> Work:
         with self._engine.cursor() as cursor:
             upload.cursor = cursor
+            self._check(policy, table, mode)
             stream = PushedStream(self._settings.max_message_size)
             arriving = _Arriving(cursor, upload, stream)
             writer = TableWriter(self._engine, cursor, table, mode)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlrooms_server.db.engine import Engine
+from sqlrooms_server.db.policy import Policy
 from sqlrooms_server.db.versions import Recorded, Table, key_of
 from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.messages import TableName, Unwatch, Watch
@@ -29,6 +30,7 @@ class _Watcher:
     peer: Peer
     keys: frozenset[str] | None
     told: int
+    policy: Policy
     # It reads slowly; what it missed is told when it has read what was sent.
     is_behind: bool = False
 
@@ -44,6 +46,7 @@ class Watches(Feature):
         *,
         meta_namespace: str,
     ) -> None:
+        self._engine = engine
         self._versions = engine.versions
         self._catalog = engine.catalog
         self._meta_namespace = meta_namespace.lower()
@@ -64,17 +67,18 @@ class Watches(Feature):
 
     def _watch(self, peer: Peer, message: Watch) -> None:
         self._versions.in_use = True
+        policy = self._engine.bounded(peer.role.sql)
         keys = None
         if message.tables is not None:
             keys = frozenset(key for name in message.tables for key in self._keys(name))
         # Before the clock is read, so that what is untold then is told to those before, and what
         # comes right afterwards is heard.
         self._flush()
-        watcher = self._watchers[peer] = _Watcher(peer, keys, told=0)
+        watcher = self._watchers[peer] = _Watcher(peer, keys, told=0, policy=policy)
         clock, everything = self._versions.known()
         watcher.told = clock
         answer: dict[str, Any] = {
-            "versions": self._current(message.tables, everything),
+            "versions": self._current(message.tables, everything, policy),
             "version": self._token(clock),
         }
         missed: dict[str, int] | None = {}
@@ -103,7 +107,7 @@ class Watches(Feature):
             return None
         # What is newer still is told like any change.
         missed = ((table, version) for table, version in tables.items() if version <= watcher.told)
-        return self._told(watcher.keys, missed)
+        return self._told(watcher.keys, missed, watcher.policy)
 
     def _keys(self, name: TableName) -> tuple[str, ...]:
         """What ``name`` may mean: in a message, two parts are a schema or a database first."""
@@ -114,12 +118,13 @@ class Watches(Feature):
         return (key_of((name[0], name[1], name[2])),)
 
     def _current(
-        self, names: Iterable[TableName] | None, everything: dict[Table, int]
+        self, names: Iterable[TableName] | None, everything: dict[Table, int], policy: Policy
     ) -> dict[str, int]:
         """The versions of ``names``, by what ``changed`` calls those that are known."""
         if names is None:
-            return self._told(None, everything.items())
-        known = {key_of(table): table for table in everything}
+            return self._told(None, everything.items(), policy)
+        reaches = self._engine.guard.reaches
+        known = {key_of(table): table for table in everything if reaches(table, policy)}
         current = {}
         for name in names:
             keys = [key for key in self._keys(name) if key in known]
@@ -159,29 +164,33 @@ class Watches(Feature):
             return
         began = time.monotonic()
         first, last = untold[0].version, untold[-1].version
-        messages: dict[frozenset[str] | None, bytes | None] = {}
+        messages: dict[tuple[frozenset[str] | None, Policy], bytes | None] = {}
         for watcher in list(self._watchers.values()):
             if watcher.is_behind or watcher.told >= last:
                 continue
             if watcher.peer.is_behind or watcher.told >= first:
                 self._catch_up(watcher)
                 continue
-            if watcher.keys not in messages:
-                messages[watcher.keys] = self._message(watcher.keys, untold)
-            message = messages[watcher.keys]
+            group = watcher.keys, watcher.policy
+            if group not in messages:
+                messages[group] = self._message(*group, untold)
+            message = messages[group]
             watcher.told = last
             if message is not None:
                 watcher.peer.send(message)
         took = time.monotonic() - began
         self._next_flush = began + took + max(_INTERVAL_SECONDS, took / _SHARE)
 
-    def _message(self, keys: frozenset[str] | None, untold: list[Recorded]) -> bytes | None:
+    def _message(
+        self, keys: frozenset[str] | None, policy: Policy, untold: list[Recorded]
+    ) -> bytes | None:
         tables: dict[str, int] = {}
         ops = set()
         resync = False
         for recorded in untold:
             change = recorded.change
-            told = self._told(keys, ((table, recorded.version) for table in change.tables))
+            changed = ((table, recorded.version) for table in change.tables)
+            told = self._told(keys, changed, policy)
             if told or change.unknown:
                 ops.add(change.op)
                 tables.update(told)
@@ -192,13 +201,19 @@ class Watches(Feature):
         return self._changed(tables, op, untold[-1].version, resync=resync)
 
     def _told(
-        self, keys: frozenset[str] | None, versions: Iterable[tuple[Table, int]]
+        self,
+        keys: frozenset[str] | None,
+        versions: Iterable[tuple[Table, int]],
+        policy: Policy,
     ) -> dict[str, int]:
         """Those of ``versions`` that somebody who watches ``keys`` is told, by their names."""
+        reaches = self._engine.guard.reaches
         return {
             self._text(table): version
             for table, version in versions
-            if (keys is None or key_of(table) in keys) and not self._is_meta(table)
+            if (keys is None or key_of(table) in keys)
+            and not self._is_meta(table)
+            and reaches(table, policy)
         }
 
     def _changed(
@@ -237,7 +252,7 @@ class Watches(Feature):
         watcher.told, tables = self._versions.known(since)
         # Asked afterwards: what is not known of by then comes after what is told.
         resync = not self._versions.is_complete(since)
-        told = self._told(watcher.keys, tables.items())
+        told = self._told(watcher.keys, tables.items(), watcher.policy)
         if not told and not resync:
             return None
         return self._changed(told, "change", watcher.told, resync=resync)
