@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+import pyarrow as pa
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -36,6 +37,10 @@ write_rooms = ["notes"]
 [roles.hasty]
 request_rate = 2
 
+[roles.modest]
+max_result_rows = 3
+query_timeout = 1
+
 [tokens.ada]
 role = "admin"
 hash = "{digest("ada-token")}"
@@ -47,6 +52,10 @@ hash = "{digest("bob-token")}"
 [tokens.eve]
 role = "hasty"
 hash = "{digest("eve-token")}"
+
+[tokens.kim]
+role = "modest"
+hash = "{digest("kim-token")}"
 
 [jwt]
 secret_file = "secret"
@@ -172,6 +181,38 @@ def test_requests_of_a_hasty_role(shared: LocalServer) -> None:
         }
         # It ends what it began whenever it likes.
         assert wire.request(type="cancel", queryId=1)["type"] == "cancelAck"
+
+
+def test_results_of_a_modest_role(shared: LocalServer) -> None:
+    with authenticated(shared, "kim-token") as kim, authenticated(shared, "ada-token") as ada:
+        for kept in (False, True, True):
+            options = {"type": "json", "sql": "from range(9)", "queryId": 1, "persist": kept}
+            assert len(json.loads(ada.request(**options)["data"])) == 9
+            refused = kim.request(**options)
+            assert refused["code"] == "too_large"
+            assert "more than 3 rows (max_result_rows of role 'modest')" in refused["error"]
+            cut = kim.request(**options, maxRows=5)
+            assert len(json.loads(cut["data"])) == 3
+            assert cut["truncatedBy"] == "max_result_rows of role 'modest'"
+            assert len(json.loads(kim.request(**options, maxRows=2)["data"])) == 2
+        endless = "select max(a.range * b.range) from range(10000000) a, range(10000000) b"
+        late = kim.request(type="json", sql=endless, queryId=2)
+        assert late["code"] == "timeout" and "query_timeout of role 'modest'" in late["error"]
+        refused = kim.request(type="live", sql="from range(9)", queryId=3)
+        assert "max_result_rows of role 'modest'" in refused["error"]
+
+
+def test_sql_of_a_role(shared: LocalServer, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a\n1\n")
+    read = f"select * from read_csv('{tmp_path}/a.csv')"
+    with authenticated(shared, "bob-token") as bob, authenticated(shared, "ada-token") as ada:
+        ada.exec("create or replace table kept as select 1 as a")
+        assert ada.rows(read) == bob.rows("from kept") == [{"a": 1}]
+        for sql in (read, "insert into kept values (2)", "install httpfs", "set threads = 1"):
+            refused = bob.request(type="exec", sql=sql, queryId=1)
+            assert refused["code"] == "forbidden" and "role 'guest'" in refused["error"], refused
+        assert bob.upload(pa.table({"a": [3]}), tableName="kept", queryId=2)["code"] == "forbidden"
+        assert ada.rows("from kept") == [{"a": 1}]
 
 
 def signed(seconds: float, **more: Any) -> str:

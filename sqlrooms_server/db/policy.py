@@ -30,7 +30,7 @@ class Policy:
     @property
     def is_open(self) -> bool:
         """Whether it forbids nothing."""
-        return self == UNRESTRICTED
+        return self is UNRESTRICTED or self == UNRESTRICTED
 
     @property
     def is_inside(self) -> bool:
