@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+# What DuckDB calls the kinds of statements that a text may hold.
+KINDS = frozenset(
+    "ALTER ANALYZE ATTACH CALL COPY COPY_DATABASE CREATE DELETE DETACH DROP EXECUTE EXPLAIN EXPORT "
+    "INSERT LOAD MERGE_INTO PRAGMA PREPARE SELECT SET TRANSACTION UPDATE VACUUM VARIABLE_SET".split()
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
