@@ -176,7 +176,10 @@ class Uploads(Feature):
     def _write_whole(self, request: Request, upload: Upload) -> Work:
         with self._engine.cursor() as cursor:
             request.cursor = cursor
-            write_table(self._engine, cursor, upload.table, upload.mode, upload.body)
+            write_table(
+                *(self._engine, cursor, upload.table, upload.mode, upload.body),
+                max_message=self._settings.max_message_size,
+            )
         request.reply(encode({"type": "uploadAck", "queryId": upload.query_id}))
         return
         yield  # a job is a generator, also one that never pauses
