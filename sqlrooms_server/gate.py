@@ -206,6 +206,13 @@ class Gate:
             return EVERYBODY
         return self._credentials(request) or Refusal(401, _UNAUTHORIZED)
 
+    def known(self, request: HttpRequest) -> Identity | None:
+        """Who sent ``request``, which is answered in any case; None for a stranger."""
+        if self._access.origins.refuses(request) is not None:
+            return None
+        found = self._credentials(request) if self.needs_token else EVERYBODY
+        return None if isinstance(found, Refusal) else found
+
     def _refusal(self, request: HttpRequest) -> Refusal | None:
         reason = self._access.origins.refuses(request)
         if reason is None:

@@ -392,7 +392,7 @@ class Server:
             methods = " or ".join(sorted({route.method for route in routes}))
             exchange.respond(405, f"only {methods} is allowed here".encode())
         elif allowed[0].is_public:
-            allowed[0].answer(request, exchange, None)
+            allowed[0].answer(request, exchange, self._gate.known(request))
         else:
             found = self._gate.identity_of(request)
             if isinstance(found, Refusal):

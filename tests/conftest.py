@@ -17,28 +17,32 @@ import pytest
 
 from sqlrooms_server.server import Server
 from sqlrooms_server.settings import Settings
+from tests.nursery import Nursery
 from tests.recorder import Recorder
 from tests.wire import DEADLINE, Wire
 
 
-class ServerProcess:
-    """``python -m sqlrooms_server`` on a free port."""
+def started(
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    command: Sequence[str] = (sys.executable, "-m", "sqlrooms_server"),
+    cwd: Path | None = None,
+) -> subprocess.Popen[bytes]:
+    """``python -m sqlrooms_server``, from its first import on."""
+    return subprocess.Popen(
+        [*command, *arguments],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **(environment or {})},
+    )
 
-    def __init__(
-        self,
-        arguments: tuple[str, ...],
-        environment: dict[str, str],
-        command: Sequence[str] = (sys.executable, "-m", "sqlrooms_server"),
-        cwd: Path | None = None,
-    ) -> None:
-        self.process = subprocess.Popen(
-            [*command, "--port", "0", *arguments],
-            cwd=cwd,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
+
+class ServerProcess:
+    """A process that serves on a free port; ``start`` makes it of arguments."""
+
+    def __init__(self, start: Callable[..., Any], *arguments: str, **options: Any) -> None:
+        self.process = start("--port", "0", *arguments, **options)
         self.welcome = self._read_welcome()
         address = re.search(r"wss?://\S+:(\d+)", self.welcome)
         if address is None:
@@ -50,14 +54,13 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        return self.process.pid
+        return int(self.process.pid)
 
     def _read_welcome(self) -> str:
-        assert self.process.stdout is not None
         lines = []
         for line in self.process.stdout:
-            lines.append(line)
-            if "Ctrl+C" in line:
+            lines.append(line.decode())
+            if b"Ctrl+C" in line:
                 break
         return "".join(lines)
 
@@ -72,10 +75,11 @@ class ServerProcess:
 
     def wait(self) -> int:
         """Wait for the exit status of a server that was told to stop."""
-        status = self.process.wait(DEADLINE)
-        self.errors = self.process.stderr.read()  # type: ignore[union-attr]
-        self.process.stdout.close()  # type: ignore[union-attr]
-        self.process.stderr.close()  # type: ignore[union-attr]
+        status: int = self.process.wait(DEADLINE)
+        if not self.process.stderr.closed:
+            self.errors = self.process.stderr.read().decode()
+        self.process.stdout.close()
+        self.process.stderr.close()
         return status
 
 
@@ -91,24 +95,27 @@ class LocalServer:
         return Wire(self.url + path, **options)
 
 
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    made = Nursery()
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def serve() -> Iterator[Callable[..., ServerProcess]]:
+def serve(nursery: Nursery) -> Iterator[Callable[..., ServerProcess]]:
     """Starts server processes with the given arguments; they end with the test."""
-    started: list[ServerProcess] = []
+    processes: list[ServerProcess] = []
 
-    def start(
-        *arguments: str, environment: dict[str, str] | None = None, cwd: Path | None = None
+    def serve(
+        *arguments: str, start: Callable[..., Any] = nursery.fork, **options: Any
     ) -> ServerProcess:
-        started.append(ServerProcess(arguments, environment or {}, cwd=cwd))
-        return started[-1]
+        processes.append(ServerProcess(start, *arguments, **options))
+        return processes[-1]
 
-    yield start
-    for process in started:
-        if process.process.poll() is None:
-            process.stop(signal.SIGKILL)
-        for pipe in (process.process.stdout, process.process.stderr):
-            if pipe is not None:
-                pipe.close()
+    yield serve
+    for process in processes:
+        process.stop(signal.SIGKILL)
 
 
 @pytest.fixture
@@ -128,6 +135,14 @@ def launch() -> Iterator[Callable[..., LocalServer]]:
 def server(launch: Callable[..., LocalServer]) -> LocalServer:
     """A server in this process with a database in memory."""
     return launch()
+
+
+@pytest.fixture(scope="module")
+def module_server() -> Iterator[LocalServer]:
+    """The same for modules that make it their ``server``: their tests create or replace."""
+    local = LocalServer(Settings(port=0))
+    yield local
+    local.server.stop()
 
 
 @pytest.fixture

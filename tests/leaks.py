@@ -1,4 +1,4 @@
-"""What a hundred repetitions leave behind in this process."""
+"""What many repetitions leave behind in this process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 
-CYCLES = 100
+CYCLES = 40
 
 
 def assert_leaks_nothing(cycle: Callable[[], None], thread_names: tuple[str, ...]) -> None:
@@ -24,6 +24,6 @@ def assert_leaks_nothing(cycle: Callable[[], None], thread_names: tuple[str, ...
     for _ in range(CYCLES):
         cycle()
     files_after, threads_after = held()
-    # A client of an earlier test may still close; a leak would be a hundred and more.
+    # A client of an earlier test may still close; a leak would be 40 and more.
     assert files_after < files + 20
     assert threads_after <= threads

@@ -27,8 +27,9 @@ LIMITS = TransportLimits(
 class Recorder:
     """A handler that answers every message with itself, unless told otherwise."""
 
-    def __init__(self) -> None:
-        self.transport = Transport(self, LIMITS)
+    def __init__(self, limits: TransportLimits = LIMITS, **options: Any) -> None:
+        self.transport = Transport(self, limits, **options)
+        self._scheme = "wss" if options.get("certificate") else "ws"
         self.connections: list[Connection] = []
         self.opened_event = threading.Event()
         self.closed_event = threading.Event()
@@ -37,7 +38,7 @@ class Recorder:
 
     @property
     def url(self) -> str:
-        return f"ws://127.0.0.1:{self.port}"
+        return f"{self._scheme}://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         self.port = self.transport.start("127.0.0.1", 0)
@@ -57,6 +58,7 @@ class Recorder:
         self.closed_event.set()
 
     def http(self, request: HttpRequest, exchange: Exchange) -> None:
+        self.request = request
         exchange.respond(200, request.path.encode())
 
 

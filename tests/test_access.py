@@ -221,9 +221,15 @@ def test_loopback_names() -> None:
         assert not is_loopback(name), name
 
 
-def test_beyond_loopback_a_token_is_required(launch: Callable[..., LocalServer]) -> None:
-    with pytest.raises(StartupError, match="SQLROOMS_AUTH_TOKEN"):
+def test_beyond_loopback_a_token_is_required(
+    launch: Callable[..., LocalServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(StartupError, match=r"SQLROOMS_AUTH_TOKEN.*--insecure-no-auth"):
         launch(host="0.0.0.0")
+    open_server = launch(host="0.0.0.0", insecure_no_auth=True)
+    assert "full access" in caplog.text and "--insecure-no-auth" in caplog.text
+    with open_server.connect() as wire:
+        assert wire.table("select 1 as a").num_rows == 1
     server = launch(host="0.0.0.0", auth_token="t")
     with server.connect("/?token=t") as wire:
         assert wire.table("select 1 as a").num_rows == 1

@@ -94,7 +94,7 @@ def test_killed_at_any_moment(serve: Serve, tmp_path: Path) -> None:
     load = Load()
     arguments = ("--db-path", str(tmp_path / "db"), "--cache-dir", str(tmp_path / "cache"))
     kept = 0
-    for number in range(count or 5):
+    for number in range(count or 3):
         server = serve(*arguments)
         with server.connect() as wire:
             if number == 0:

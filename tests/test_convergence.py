@@ -21,8 +21,9 @@ import pytest
 from tests.convergence.plan import Member, Plan, draw
 from tests.convergence.schedule import Crew, Schedule, World, arguments
 from tests.npm import install_packages
+from tests.nursery import Nursery
 
-SCHEDULES = int(os.environ.get("SQLROOMS_ROOMS", "8"))
+SCHEDULES = int(os.environ.get("SQLROOMS_ROOMS", "4"))
 FIRST_SEED = int(
     os.environ.get(
         "SQLROOMS_ROOMS_SEED", time.time_ns() >> 20 if "SQLROOMS_ROOMS" in os.environ else 1
@@ -52,14 +53,15 @@ KINDS = {
 
 @pytest.mark.timeout(60 + 10 * SCHEDULES)
 @pytest.mark.parametrize("name", KINDS)
-def test_documents_converge(name: str, tmp_path: Path) -> None:
+def test_documents_converge(name: str, tmp_path: Path, nursery: Nursery) -> None:
     install_packages()
     kind = KINDS[name]
     # Each kind of server meets seeds of its own.
     first = FIRST_SEED + SCHEDULES * list(KINDS).index(name)
     seeds = range(first, first + max(1, round(SCHEDULES * kind.share)))
     drawn = [draw(seed, kind.is_durable) for seed in seeds]
-    asyncio.run(run(kind, [connectors_only(kind.is_durable), *drawn], tmp_path))
+    plans = [connectors_only(kind.is_durable), *drawn]
+    asyncio.run(run(kind, plans, tmp_path, nursery))
 
 
 def connectors_only(is_durable: bool) -> Plan:
@@ -93,9 +95,9 @@ def connectors_only(is_durable: bool) -> Plan:
     return plan
 
 
-async def run(kind: Kind, plans: Sequence[Plan], directory: Path) -> None:
+async def run(kind: Kind, plans: Sequence[Plan], directory: Path, nursery: Nursery) -> None:
     keeps = directory if kind.is_durable or kind.token else None
-    world = World(kind.token, *arguments(keeps, kind.token, *kind.settings))
+    world = World(nursery.fork, kind.token, *arguments(keeps, kind.token, *kind.settings))
     await world.network.start()
     crew = await Crew.start()
     try:

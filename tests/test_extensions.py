@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ServerProcess
+from tests.conftest import ServerProcess, started
 from tests.wire import DEADLINE
 
 VERSION = "1.5.5"
@@ -55,7 +55,7 @@ def test_from_a_file(
     serve: Callable[..., ServerProcess], packages: Path, extension: Path, tmp_path: Path
 ) -> None:
     environment = {"PYTHONPATH": str(packages), "HOME": str(tmp_path)}
-    assert is_loaded(serve("--extensions", str(extension), environment=environment))
+    assert is_loaded(serve("--extensions", str(extension), start=started, environment=environment))
 
 
 def test_by_name_when_it_is_installed(
@@ -68,5 +68,5 @@ def test_by_name_when_it_is_installed(
         check=True,
         timeout=DEADLINE,
     )
-    assert not is_loaded(serve(environment=environment))
-    assert is_loaded(serve("--extensions", "fts", environment=environment))
+    assert not is_loaded(serve(start=started, environment=environment))
+    assert is_loaded(serve("--extensions", "fts", start=started, environment=environment))

@@ -9,12 +9,18 @@ import pyarrow as pa
 import pytest
 
 from sqlrooms_server.db.cursor import DUCKDB_VERSION
+from tests.conftest import LocalServer
 from tests.streams import stream
 from tests.test_chunked_results import MILLION
 from tests.wire import Arrow, Wire
 
 VARIANT = "select i, {'a': i}::variant as v from range(3) t(i)"
 IS_2 = int(DUCKDB_VERSION.split(".")[0]) >= 2
+
+
+@pytest.fixture
+def server(module_server: LocalServer) -> LocalServer:
+    return module_server
 
 
 @pytest.mark.parametrize("kind", ["arrow", "json"])
@@ -81,7 +87,7 @@ def test_a_single_format_is_never_replaced(wire: Wire, options: Any) -> None:
     ],
 )
 def test_changes_are_made_once_whatever_format_is_used(wire: Wire, sql: str) -> None:
-    wire.exec("create table t(v variant)")
+    wire.exec("create or replace table t(v variant)")
     reply = wire.request(type="arrow", sql=sql, queryId=1, format=["arrow", "json"])
     if isinstance(reply, Arrow):
         assert IS_2
@@ -143,10 +149,10 @@ def test_compression_chooses_arrow(wire: Wire) -> None:
     ],
 )
 def test_options_that_make_no_sense(wire: Wire, kind: str, options: Any, expected: str) -> None:
-    reply = wire.request(type=kind, sql="create table t(i int)", queryId="q", **options)
+    reply = wire.request(type=kind, sql="create table never(i int)", queryId="q", **options)
     assert (reply["type"], reply["code"], reply["queryId"]) == ("error", "bad_request", "q")
     assert expected in reply["error"]
-    assert "does not exist" in wire.arrow("from t")["error"]
+    assert "does not exist" in wire.arrow("from never")["error"]
 
 
 def test_options_that_are_null_are_none(wire: Wire) -> None:

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+import pyarrow as pa
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from sqlrooms_server.errors import StartupError
 from sqlrooms_server.server import Server
 from sqlrooms_server.settings import Settings
-from tests.conftest import LocalServer, ServerProcess
+from tests.conftest import LocalServer, ServerProcess, started
 from tests.test_tokens import ENTRY, SECRET, claims, digest
 from tests.wire import DEADLINE, Wire
 
@@ -36,6 +37,10 @@ write_rooms = ["notes"]
 [roles.hasty]
 request_rate = 2
 
+[roles.modest]
+max_result_rows = 3
+query_timeout = 1
+
 [tokens.ada]
 role = "admin"
 hash = "{digest("ada-token")}"
@@ -47,6 +52,10 @@ hash = "{digest("bob-token")}"
 [tokens.eve]
 role = "hasty"
 hash = "{digest("eve-token")}"
+
+[tokens.kim]
+role = "modest"
+hash = "{digest("kim-token")}"
 
 [jwt]
 secret_file = "secret"
@@ -174,6 +183,38 @@ def test_requests_of_a_hasty_role(shared: LocalServer) -> None:
         assert wire.request(type="cancel", queryId=1)["type"] == "cancelAck"
 
 
+def test_results_of_a_modest_role(shared: LocalServer) -> None:
+    with authenticated(shared, "kim-token") as kim, authenticated(shared, "ada-token") as ada:
+        for kept in (False, True, True):
+            options = {"type": "json", "sql": "from range(9)", "queryId": 1, "persist": kept}
+            assert len(json.loads(ada.request(**options)["data"])) == 9
+            refused = kim.request(**options)
+            assert refused["code"] == "too_large"
+            assert "more than 3 rows (max_result_rows of role 'modest')" in refused["error"]
+            cut = kim.request(**options, maxRows=5)
+            assert len(json.loads(cut["data"])) == 3
+            assert cut["truncatedBy"] == "max_result_rows of role 'modest'"
+            assert len(json.loads(kim.request(**options, maxRows=2)["data"])) == 2
+        endless = "select max(a.range * b.range) from range(10000000) a, range(10000000) b"
+        late = kim.request(type="json", sql=endless, queryId=2)
+        assert late["code"] == "timeout" and "query_timeout of role 'modest'" in late["error"]
+        refused = kim.request(type="live", sql="from range(9)", queryId=3)
+        assert "max_result_rows of role 'modest'" in refused["error"]
+
+
+def test_sql_of_a_role(shared: LocalServer, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a\n1\n")
+    read = f"select * from read_csv('{tmp_path}/a.csv')"
+    with authenticated(shared, "bob-token") as bob, authenticated(shared, "ada-token") as ada:
+        ada.exec("create or replace table kept as select 1 as a")
+        assert ada.rows(read) == bob.rows("from kept") == [{"a": 1}]
+        for sql in (read, "insert into kept values (2)", "install httpfs", "set threads = 1"):
+            refused = bob.request(type="exec", sql=sql, queryId=1)
+            assert refused["code"] == "forbidden" and "role 'guest'" in refused["error"], refused
+        assert bob.upload(pa.table({"a": [3]}), tableName="kept", queryId=2)["code"] == "forbidden"
+        assert ada.rows("from kept") == [{"a": 1}]
+
+
 def signed(seconds: float, **more: Any) -> str:
     # What the clocks may differ counts from when it has expired.
     return jwt.encode(claims(role="guest", exp=time.time() - 30 + seconds, **more), SECRET)
@@ -201,6 +242,20 @@ def test_an_expired_token_ends_the_connection(shared: LocalServer) -> None:
 def close_code_after(wire: Wire, **fields: Any) -> tuple[int, list[Any]]:
     wire.send(**fields)
     return close_code(wire)
+
+
+def test_users_of_a_proxy(launch: Callable[..., LocalServer], tmp_path: Path) -> None:
+    path = token_file(tmp_path, TOKENS + '[proxy]\nuser_header = "X-User"\nrole = "guest"\n')
+    behind = launch(tokens=path, trusted_proxy=("127.0.0.1",))
+    with behind.connect(additional_headers={"X-User": "zoe"}) as zoe:
+        assert zoe.request(type="subscribe", channel="to/zoe")["type"] == "subscribed"
+        assert zoe.request(type="subscribe", channel="to/bob")["code"] == "forbidden"
+    for lines in ([("X-User", "bob"), ("X-User", "zoe")], [("X-Users", "bob")]):
+        with behind.connect(additional_headers=lines) as wire:
+            wire.send(type="hello")
+            assert close_code(wire)[0] == 1008
+    with launch(tokens=path).connect(additional_headers={"X-User": "zoe"}) as stranger:
+        assert close_code_after(stranger, type="hello")[0] == 1008
 
 
 def test_strangers_have_little_time(launch: Callable[..., LocalServer]) -> None:
@@ -291,10 +346,11 @@ def test_it_ends_with_its_terminal(tmp_path: Path) -> None:
 
 def test_a_token_is_nowhere_to_be_seen(serve: Callable[..., ServerProcess]) -> None:
     secret = "TOP-SECRET-TOKEN"
-    process = serve("--auth-token", secret, "--log-level", "debug", "--query-timeout", "77")
-    arguments = Path(f"/proc/{process.pid}/cmdline")
-    if arguments.exists():
-        shown = arguments.read_bytes()
+    arguments = ("--auth-token", secret, "--log-level", "debug", "--query-timeout", "77")
+    process = serve(*arguments, start=started)
+    command_line = Path(f"/proc/{process.pid}/cmdline")
+    if command_line.exists():
+        shown = command_line.read_bytes()
         assert b"--query-timeout" in shown and secret.encode() not in shown
     with process.connect() as stranger:
         close_code_after(stranger, type="auth", token=secret + "x")
@@ -302,6 +358,8 @@ def test_a_token_is_nowhere_to_be_seen(serve: Callable[..., ServerProcess]) -> N
     with contextlib.closing(connection):
         connection.request("GET", f"/version?token={secret}")
         body = connection.getresponse().read().decode()
+        connection.request("GET", "/version")
+        assert json.loads(connection.getresponse().read()).keys() == {"name", "protocol"}
     with Wire(f"{process.url}/?token={secret}") as wire:
         # Its extension is missing, or not; it is not repeated in either case.
         sql = "create secret s (type s3, key_id 'AKIA', secret 'HIDDEN-KEY')"

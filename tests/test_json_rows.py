@@ -67,6 +67,11 @@ EXACT = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def server(module_server: LocalServer) -> LocalServer:
+    return module_server
+
+
 @pytest.mark.parametrize(("sql", "expected"), EXACT, ids=[sql for sql, _ in EXACT])
 def test_value(wire: Wire, sql: str, expected: Any) -> None:
     value = wire.rows(f"select {sql} as v")[0]["v"]
@@ -103,7 +108,7 @@ AS_TEXT = [
 
 @pytest.mark.parametrize("sql", AS_TEXT)
 def test_value_is_duckdbs_text(wire: Wire, sql: str) -> None:
-    wire.exec("create type mood as enum ('sad', 'ok')")
+    wire.exec("create or replace type mood as enum ('sad', 'ok')")
     row = wire.rows(f"select {sql} as v, ({sql})::varchar as t, [{sql}] as l from range(2)")[1]
     assert row["v"] == row["t"]
     assert row["l"] == [row["t"]]

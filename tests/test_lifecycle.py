@@ -86,8 +86,9 @@ def test_clients_that_leave_are_forgotten(server: LocalServer) -> None:
             assert time.monotonic() < deadline
 
 
-def test_not_ready_while_duckdb_hangs(server: LocalServer) -> None:
+def test_not_ready_while_duckdb_hangs(launch: Callable[..., LocalServer]) -> None:
     """A forced checkpoint waits for a transaction and makes everybody else wait with it."""
+    server = launch(threads=1)
     with server.connect() as holder, server.connect() as blocker:
         holder.exec("create sequence begun; create table t as select 1 as i")
         transaction = f"begin; update t set i = nextval('begun'); {ENDLESS}"
@@ -265,7 +266,7 @@ def test_two_servers_in_one_process(launch: Callable[..., LocalServer], tmp_path
         assert b.rows("select 1 as i") == [{"i": 1}]
 
 
-def test_a_hundred_servers_leave_no_threads_or_files() -> None:
+def test_many_servers_leave_no_threads_or_files() -> None:
     def cycle() -> None:
         local = LocalServer(Settings(port=0, workers=2))
         with local.connect() as wire:

@@ -12,6 +12,11 @@ from tests.conftest import LocalServer
 from tests.wire import Wire, framed, ipc
 
 
+@pytest.fixture
+def server(module_server: LocalServer) -> LocalServer:
+    return module_server
+
+
 def assert_lives(wire: Wire) -> None:
     assert wire.table("select 1 as a").to_pydict() == {"a": [1]}
 
@@ -76,7 +81,11 @@ def test_options(wire: Wire, option: str, values: list[Any], expected: str) -> N
     for kind in ("arrow", "json", "exec"):
         text = f"{option} is for results" if kind == "exec" and for_results else expected
         for value in values:
-            fields = {"type": kind, "sql": "create table never(i int)", "queryId": "mine"}
+            fields = {
+                "type": kind,
+                "sql": "create table never(i int)",
+                "queryId": "mine",
+            }
             reply = wire.request(**fields, **{option: value})
             assert (reply["type"], reply["code"]) == ("error", "bad_request"), value
             assert reply["queryId"] == "mine"

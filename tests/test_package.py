@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sqlrooms_server import __version__
-from tests.conftest import ServerProcess
+from tests.conftest import ServerProcess, started
 
 ROOT = Path(__file__).parent.parent
 BUILD_DEADLINE = 200
@@ -54,7 +54,7 @@ def test_the_installed_wheel_serves(wheel: Path, tmp_path: Path) -> None:
         "from sqlrooms_server.cli import main; sys.exit(main())\n"
     )
     python = tmp_path / "env" / "bin" / "python"
-    process = ServerProcess((), {}, command=[str(python), str(script)], cwd=tmp_path)
+    process = ServerProcess(started, command=[str(python), str(script)], cwd=tmp_path)
     try:
         with process.connect() as wire:
             assert wire.table("select 42 as answer").to_pydict() == {"answer": [42]}

@@ -21,6 +21,11 @@ from tests.test_queries import ENDLESS
 from tests.wire import Arrow, Wire
 
 
+@pytest.fixture
+def server(module_server: LocalServer) -> LocalServer:
+    return module_server
+
+
 def value_of(wire: Wire, expression: str, params: Any) -> Any:
     """``expression`` and the name of its type, both as DuckDB's text."""
     sql = f"select ({expression})::varchar as v, typeof({expression}) as t"
@@ -205,7 +210,7 @@ def test_ways_to_write_them(wire: Wire, kind: str, sql: str, params: Any) -> Non
 
 
 def test_statements_that_change_rows(wire: Wire) -> None:
-    wire.exec("create table t(i int, s varchar, d date)")
+    wire.exec("create or replace table t(i int, s varchar, d date)")
 
     def rows(sql: str, params: Any) -> Any:
         reply = wire.request(type="arrow", sql=sql, queryId=1, params=params)
@@ -217,7 +222,7 @@ def test_statements_that_change_rows(wire: Wire) -> None:
     day = datetime.date(2026, 1, 2)
     assert rows("delete from t where i = $1 returning *", [1]) == [{"i": 1, "s": "x", "d": day}]
     assert rows("insert into t values ($1, $2, $3) returning i", [3, "y", None]) == [{"i": 3}]
-    assert rows("create table u as select $1 as a", [7]) == [{"Count": 1}]
+    assert rows("create or replace table u as select $1 as a", [7]) == [{"Count": 1}]
     assert rows("from u where a = ?", [7]) == [{"a": 7}]
     reply = wire.request(
         type="exec", sql="insert into u select unnest($1)", queryId=1, params=[[1, 2]]
@@ -325,7 +330,7 @@ UNBINDABLE = [
 
 @pytest.mark.parametrize(("value", "expected"), UNBINDABLE, ids=range(len(UNBINDABLE)))
 def test_what_cannot_be_bound(wire: Wire, value: Any, expected: str) -> None:
-    wire.exec("create table t as select 1 as i")
+    wire.exec("create or replace table t as select 1 as i")
     assert expected in refused(wire, [value])
     assert refused(wire, {"x": value}, "insert into t select $x")
     assert refused(wire, [value], "create table made as select $1 as a", stream=True)
@@ -352,7 +357,7 @@ def test_nesting_that_no_parser_should_meet(wire: Wire) -> None:
 @pytest.mark.parametrize("params", [[1], [1, 2, 3], {"a": 1}, {}, []])
 def test_a_long_text_with_params_that_do_not_fit(wire: Wire, params: Any) -> None:
     """It is not parsed before it runs, so DuckDB says what is wrong."""
-    wire.exec("create table t(i int)")
+    wire.exec("create or replace table t(i int)")
     for start in (
         "select $1, $2",
         "insert into t select $1 + $2",
@@ -382,7 +387,7 @@ def test_positional_and_named_do_not_mix(wire: Wire) -> None:
 
 
 def test_values_never_become_text(wire: Wire) -> None:
-    wire.exec("create table t as select 1 as i")
+    wire.exec("create or replace table t as select 1 as i")
     attacks = ["1; drop table t", "' or 1=1 --", "'); drop table t; --", "$1", "?", "\\'", "\0"]
     for attack in attacks:
         for params in ([attack], [{"$type": "VARCHAR", "value": attack}]):

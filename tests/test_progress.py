@@ -63,7 +63,7 @@ def test_a_query_that_runs(wire: Wire, options: Any) -> None:
 
 def test_percent_grows(wire: Wire) -> None:
     """A scan of a table is what DuckDB knows best."""
-    wire.exec("create table t as select range as i from range(4000000)")
+    wire.exec("create table t as select range as i from range(1500000)")
     sql = "select count(*) from t where sha256(i::varchar) like 'x%' or md5(i::varchar) like 'x%'"
     wire.exec("set global threads = 1")
     sql = " union all ".join([sql] * 2)
@@ -170,7 +170,7 @@ def test_at_most_five_a_second(wire: Wire) -> None:
     wire.send(type="exec", sql=ENDLESS, queryId=1, progress=True)
     wire.receive()
     began = time.monotonic()
-    for _ in range(8):
+    for _ in range(5):
         wire.receive()
     # The first of them may be late.
-    assert time.monotonic() - began > 1.3
+    assert time.monotonic() - began > 0.7

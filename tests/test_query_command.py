@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pytest
@@ -24,27 +24,48 @@ from sqlrooms_server.client import Client, Progress, connect
 from sqlrooms_server.query_command.cells import json_texts, texts
 from sqlrooms_server.query_command.table import TablePreview
 from tests.conftest import LocalServer
+from tests.nursery import Nursery
 from tests.test_queries import ENDLESS
 from tests.wire import DEADLINE
 
 COMMAND = (sys.executable, "-m", "sqlrooms_server", "query")
 
 
-def run(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        env={**os.environ, **environment},
-        input=stdin.encode(),
-        capture_output=True,
-        timeout=DEADLINE,
-    )
+class Done(NamedTuple):
+    returncode: int
+    stdout: bytes
+    stderr: bytes
 
 
-def output(url: str, *arguments: str, **options: str) -> bytes:
-    done = run("--url", url, *arguments, **options)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == b""
-    return done.stdout
+Run = Callable[..., Done]
+Output = Callable[..., bytes]
+
+
+@pytest.fixture
+def run(nursery: Nursery) -> Run:
+    """Runs the command to its end; keywords are variables of its environment."""
+
+    def run(*arguments: str, stdin: str = "", **environment: str) -> Done:
+        process = nursery.fork("query", *arguments, environment=environment, stdin=stdin.encode())
+        with process.stdout, process.stderr:
+            # What it says of errors fits into a pipe.
+            stdout, stderr = process.stdout.read(), process.stderr.read()
+            return Done(process.wait(DEADLINE), stdout, stderr)
+
+    return run
+
+
+@pytest.fixture
+def output(run: Run) -> Output:
+    """What a command that succeeds prints."""
+
+    def output(url: str, *arguments: str, **options: str) -> bytes:
+        done = run("--url", url, *arguments, **options)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == b""
+        return done.stdout
+
+    return output
 
 
 # Values
@@ -141,7 +162,7 @@ def test_text_stays_on_its_line_and_commands_no_terminal() -> None:
 # Formats
 
 
-def test_table(server: LocalServer) -> None:
+def test_table(output: Output, server: LocalServer) -> None:
     sql = "from (values ('Oslo', 2), ('Rome', null)) t(city, n)"
     shown = output(server.url, "--format", "table", sql).decode().splitlines()
     assert shown[:-1] == ["city     n", "────  ────", "Oslo     2", "Rome  NULL"]
@@ -152,7 +173,7 @@ def test_table(server: LocalServer) -> None:
     assert cut.splitlines()[-1].endswith(" ms, there are more")
 
 
-def test_csv_is_what_a_pipe_gets(server: LocalServer) -> None:
+def test_csv_is_what_a_pipe_gets(output: Output, server: LocalServer) -> None:
     sql = "from (values ('a,\"b', 1, [1, 2], null), ('', 2, [], 1.5)) t(\"s,\", i, l, d)"
     text = output(server.url, sql).decode()
     assert text.splitlines()[1:] == ['"a,""b",1,"[1,2]",', '"",2,"[]",1.5']
@@ -160,7 +181,7 @@ def test_csv_is_what_a_pipe_gets(server: LocalServer) -> None:
     assert output(server.url, "create table t(i int)") == b""
 
 
-def test_json(server: LocalServer) -> None:
+def test_json(output: Output, server: LocalServer) -> None:
     sql = 'select i, 1.50::decimal(5,2) as d, null as "d " from range(3) t(i)'
     text = output(server.url, "--format", "json", sql).decode()
     assert text.splitlines()[1] == '{"i":0,"d":1.50,"d ":null},'
@@ -169,7 +190,7 @@ def test_json(server: LocalServer) -> None:
     assert len(json.loads(output(server.url, "--format", "json", "from range(100000)"))) == 100_000
 
 
-def test_arrow_and_parquet(server: LocalServer, tmp_path: Path) -> None:
+def test_arrow_and_parquet(output: Output, server: LocalServer, tmp_path: Path) -> None:
     sql = "select i, i::varchar as s from range(300000) t(i) order by i"
     with connect(server.url) as db:
         table = db.query(sql).to_arrow()
@@ -183,7 +204,9 @@ def test_arrow_and_parquet(server: LocalServer, tmp_path: Path) -> None:
     assert parquet.read_table(path).equals(table)
 
 
-def test_an_output_file(launch: Callable[..., LocalServer], tmp_path: Path) -> None:
+def test_an_output_file(
+    run: Run, output: Output, launch: Callable[..., LocalServer], tmp_path: Path
+) -> None:
     # Or the second thread of DuckDB finds the error before the first has a row.
     server = launch(threads=1)
     path = tmp_path / "out.json"
@@ -265,7 +288,9 @@ def test_live_results_in_a_terminal(server: LocalServer, db: Client) -> None:
     os.close(main)
 
 
-def test_a_live_query_ends_with_the_error_of_the_server(server: LocalServer, db: Client) -> None:
+def test_a_live_query_ends_with_the_error_of_the_server(
+    run: Run, server: LocalServer, db: Client
+) -> None:
     with subprocess.Popen(
         [*COMMAND, "--url", server.url, "--live", "--format", "json", COUNT],
         stdout=subprocess.PIPE,
@@ -287,20 +312,24 @@ def test_a_live_query_ends_with_the_error_of_the_server(server: LocalServer, db:
 # Arguments
 
 
-def test_the_sql_and_the_settings(server: LocalServer, tmp_path: Path) -> None:
+def test_the_sql_and_the_settings(
+    run: Run, output: Output, server: LocalServer, tmp_path: Path
+) -> None:
     assert output(server.url, "-", stdin="select 1 as a") == b'"a"\n1\n'
     done = run("select 1 as a", SQLROOMS_URL=server.url.removeprefix("ws://"))
     assert done.stdout == b'"a"\n1\n'
 
 
-def test_parameters(server: LocalServer) -> None:
+def test_parameters(output: Output, server: LocalServer) -> None:
     named = ("--param", "a=40", "--param", "$b=x=y", "select $a::int + 2 as n, $b as t")
     assert output(server.url, *named) == b'"n","t"\n42,"x=y"\n'
     numbered = ("--param", "2=b", "--param", "1=a", "select $1 || $2 as t")
     assert output(server.url, *numbered) == b'"t"\n"ab"\n'
 
 
-def test_tokens(launch: Callable[..., LocalServer], tmp_path: Path) -> None:
+def test_tokens(
+    run: Run, output: Output, launch: Callable[..., LocalServer], tmp_path: Path
+) -> None:
     server = launch(auth_token="right")
     path = tmp_path / "token"
     path.write_text("right\nmore\n")
@@ -328,14 +357,14 @@ def test_tokens(launch: Callable[..., LocalServer], tmp_path: Path) -> None:
         (("--live", "--format", "parquet", "select 1"), "nor --format parquet"),
     ],
 )
-def test_wrong_arguments(arguments: tuple[str, ...], expected: str) -> None:
+def test_wrong_arguments(run: Run, arguments: tuple[str, ...], expected: str) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert expected.encode() in done.stderr
     assert done.stdout == b""
 
 
-def test_help_of_both_commands() -> None:
+def test_help_of_both_commands(run: Run) -> None:
     done = run("--help")
     assert done.returncode == 0
     for word in ("--format", "parquet", "SQLROOMS_URL", "exit status"):
@@ -369,7 +398,7 @@ assert "websockets" not in sys.modules
 # Failures
 
 
-def test_errors_of_sql(server: LocalServer) -> None:
+def test_errors_of_sql(run: Run, server: LocalServer) -> None:
     done = run("--url", server.url, "selec")
     assert done.returncode == 1
     assert done.stderr.startswith(b"sqlrooms-server query: Parser Error: ")
@@ -379,7 +408,7 @@ def test_errors_of_sql(server: LocalServer) -> None:
     assert b"longer than 0.2 s" in late.stderr
 
 
-def test_nothing_listens() -> None:
+def test_nothing_listens(run: Run) -> None:
     done = run("--url", "ws://127.0.0.1:9", "select 1")
     assert done.returncode == 3
     assert len(done.stderr.splitlines()) == 1

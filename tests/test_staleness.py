@@ -345,7 +345,7 @@ def look_at(model: Model, floor: dict[Any, int], reply: Any, asked: dict[int, An
 @pytest.mark.timeout(0)
 def test_nothing_is_stale(serve: Callable[..., ServerProcess], tmp_path: Path) -> None:
     count = int(os.environ.get("SQLROOMS_STALENESS", "0"))
-    reads = count or 4000
+    reads = count or 2000
     model = Model(reads, random.randrange(1 << 30) if count else 2026)
     arguments = ("--db-path", str(tmp_path / "db"), "--cache-dir", str(tmp_path / "cache"))
     server = serve(*arguments, cwd=tmp_path)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -26,6 +27,7 @@ from sqlrooms_server.access import Access
 from sqlrooms_server.access.failures import WINDOW_SECONDS, Failures
 from sqlrooms_server.access.roles import Names
 from sqlrooms_server.access.token_file import read_token_file
+from sqlrooms_server.db.policy import KINDS
 from sqlrooms_server.errors import StartupError
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.transport import HttpRequest
@@ -73,7 +75,7 @@ ENTRY = f'[tokens.ada]\nrole = "admin"\nhash = "{digest("t")}"\n'
         (ENTRY + "[roles.r]\nread_rooms = [1]", "read_rooms in {path} must be a list of texts"),
         (ENTRY + "[roles.r]\nquery_timeout = -1", "must be a whole number, or 0 for no limit"),
         (ENTRY + "[roles.r]\nquery_timeout = true", "must be a whole number, or 0 for no limit"),
-        (ENTRY + "[roles.r]\nstatements = ['a;b']", "has 'A;B', which is no kind of statement"),
+        (ENTRY + "[roles.r]\nstatements = ['selec']", "has 'SELEC', which is none of ALTER, "),
         (ENTRY + "[roles.admin]", "stands for the one who may do everything"),
         (ENTRY + '[roles."a\\u0007"]', "must be a name of 1 to 255 characters"),
         ("[jwt]", "needs one of secret_file, public_key_file and jwks_file"),
@@ -142,6 +144,11 @@ def test_names(patterns: list[str], user: str, inside: list[str], outside: list[
     names = Names(patterns).of(user)
     assert all(name in names for name in inside)
     assert not any(name in names for name in outside)
+
+
+def test_kinds_of_statements_are_those_of_duckdb() -> None:
+    internal = {"INVALID", "LOGICAL_PLAN", "MULTI", "RELATION", "EXTENSION", "CREATE_FUNC"}
+    assert KINDS == duckdb.StatementType.__members__.keys() - internal
 
 
 def access(path: Path, **settings: Any) -> Access:

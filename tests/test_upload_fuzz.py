@@ -97,7 +97,7 @@ def test_damaged_uploads(serve: Callable[..., ServerProcess], compression: str |
     seed = random.randrange(1 << 30) if count else 2026
     chance = random.Random(seed)
     with server.connect() as wire:
-        for number in range(count or 400):
+        for number in range(count or 200):
             try:
                 try_one(wire, damaged(payload, chance), number, chance)
             except BaseException:

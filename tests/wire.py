@@ -30,8 +30,15 @@ class Wire:
 
     def __init__(self, url: str, **options: Any) -> None:
         self._stack = ExitStack()
+        # With frames that nobody has read, it never sees the server's end, and waits that long.
+        closing = 0.2
         opening = connect_websocket(
-            url, max_size=None, compression=None, open_timeout=DEADLINE, close_timeout=1, **options
+            url,
+            max_size=None,
+            compression=None,
+            open_timeout=DEADLINE,
+            close_timeout=closing,
+            **options,
         )
         self.socket: ClientConnection = self._stack.enter_context(opening)
 

@@ -15,14 +15,13 @@ from typing import Any
 
 from sqlrooms_server.access.roles import ADMIN, Names, Role
 from sqlrooms_server.access.signed import SignedTokens, open_signed_tokens
-from sqlrooms_server.db.policy import Policy
+from sqlrooms_server.db.policy import KINDS, Policy
 from sqlrooms_server.errors import StartupError
 from sqlrooms_server.settings import read_toml
 
 HASH_PREFIX = "sha256:"
 _HASH = re.compile(rf"{HASH_PREFIX}[0-9a-f]{{64}}")
 _NAME = re.compile(r"[^\x00-\x1f\x7f]{1,255}")
-_KIND = re.compile(r"[A-Z_]{1,40}")
 
 _MAX_NUMBER = 1 << 53
 
@@ -170,8 +169,9 @@ def _role(name: str, entry: _Table) -> Role:
     if kinds is not None:
         kinds = [kind.upper().replace(" ", "_") for kind in kinds]
         for kind in kinds:
-            if not _KIND.fullmatch(kind):
-                raise entry.error("statements", f"has {kind!r}, which is no kind of statement")
+            if kind not in KINDS:
+                known = ", ".join(sorted(KINDS))
+                raise entry.error("statements", f"has {kind!r}, which is none of {known}")
     role = Role(
         name=name,
         sql=Policy(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Generator, Mapping, Sequence
+from ssl import SSLContext
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -29,12 +30,13 @@ def connect_async(
     token: str | None = None,
     user: str | None = None,
     connect_timeout: float = 10.0,
+    ssl: SSLContext | None = None,
 ) -> _Connecting:
     """Connect to a server: ``async with connect_async(url) as db``, or ``await`` it.
 
     Arguments and errors are those of ``connect``.
     """
-    return _Connecting(AsyncClient(url, token, user, connect_timeout))
+    return _Connecting(AsyncClient(url, token, user, connect_timeout, ssl))
 
 
 class _Connecting:
@@ -70,12 +72,18 @@ class AsyncClient:
     """
 
     def __init__(
-        self, url: str, token: str | None, user: str | None, connect_timeout: float
+        self,
+        url: str,
+        token: str | None,
+        user: str | None,
+        connect_timeout: float,
+        ssl: SSLContext | None,
     ) -> None:
         self._url = url
         self._token = token
         self._user = user
         self._connect_timeout = connect_timeout
+        self._ssl = ssl
         self._requests = flows.Requests()
         self._connecting = asyncio.Lock()
         self._wire: Wire | None = None
@@ -282,7 +290,7 @@ class AsyncClient:
                 if deadline is not None:
                     timeout = max(0.001, min(timeout, deadline - time.monotonic()))
                 wire = Wire()
-                await wire.open(self._url, self._token, timeout)
+                await wire.open(self._url, self._token, timeout, self._ssl)
                 try:
                     await self._run(needs.greet(wire.link, timeout, self._user))
                 except BaseException:

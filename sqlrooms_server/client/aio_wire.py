@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import AsyncExitStack, suppress
+from ssl import SSLContext
 from typing import Any
 
 from websockets.asyncio.client import ClientConnection
@@ -13,7 +14,7 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from sqlrooms_server.client.errors import ConnectionLost
 from sqlrooms_server.client.link import Link
-from sqlrooms_server.client.opening import CLOSE_TIMEOUT_S, headers, refused
+from sqlrooms_server.client.opening import opening, refused
 
 
 class Wire:
@@ -25,17 +26,13 @@ class Wire:
         self._stack = AsyncExitStack()
         self.link = Link(self._post, asyncio.Queue)
 
-    async def open(self, url: str, token: str | None, timeout: float) -> None:
+    async def open(
+        self, url: str, token: str | None, timeout: float, ssl: SSLContext | None
+    ) -> None:
         try:
-            opening = connect_websocket(
-                url,
-                additional_headers=headers(token),
-                compression=None,
-                max_size=None,
-                open_timeout=timeout,
-                close_timeout=CLOSE_TIMEOUT_S,
-            )
-            socket = await self._stack.enter_async_context(opening)
+            address, options = opening(url, token, timeout, ssl)
+            connecting = connect_websocket(address, **options)
+            socket = await self._stack.enter_async_context(connecting)
         except WebSocketException as error:
             raise refused(url, error) from error
         except asyncio.TimeoutError:

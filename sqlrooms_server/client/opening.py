@@ -1,8 +1,10 @@
-"""What both clients need around a connection and a result: headers, refusals, pandas."""
+"""What both clients need around a connection and a result: addresses, refusals, pandas."""
 
 from __future__ import annotations
 
+from ssl import SSLContext
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 from websockets.exceptions import InvalidStatus, InvalidURI, WebSocketException
@@ -13,9 +15,28 @@ from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
 CLOSE_TIMEOUT_S = 2.0
 
 
-def headers(token: str | None) -> dict[str, str]:
-    """The headers of the upgrade."""
-    return {} if token is None else {"Authorization": f"Bearer {token}"}
+_UNIX = "ws+unix://"
+
+
+def opening(
+    url: str, token: str | None, timeout: float, ssl: SSLContext | None
+) -> tuple[str, dict[str, Any]]:
+    """The address and the options for ``connect`` of websockets."""
+    options: dict[str, Any] = {
+        "additional_headers": {} if token is None else {"Authorization": f"Bearer {token}"},
+        "compression": None,
+        "max_size": None,
+        "open_timeout": timeout,
+        "close_timeout": CLOSE_TIMEOUT_S,
+    }
+    if ssl is not None:
+        options["ssl"] = ssl
+    if not url.startswith(_UNIX):
+        return url, options
+    path = unquote(url.removeprefix(_UNIX))
+    if not path.startswith("/"):
+        raise ValueError(f"{url} is no address such as ws+unix:///run/sqlrooms.sock.")
+    return "ws://localhost/", {**options, "unix": True, "path": path}
 
 
 def refused(url: str, error: WebSocketException) -> Exception:

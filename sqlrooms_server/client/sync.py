@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from ssl import SSLContext
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -30,8 +31,13 @@ def connect(
     token: str | None = None,
     user: str | None = None,
     connect_timeout: float = 10.0,
+    ssl: SSLContext | None = None,
 ) -> Client:
     """Connect to a server. ``connect_timeout`` is in seconds.
+
+    ``url`` begins with ``ws://``, or with ``wss://`` for TLS, or is ``ws+unix:///path`` of a Unix
+    socket. ``ssl`` is for servers whose authority this machine does not know:
+    ``ssl.create_default_context(cafile="authority.pem")``.
 
     ``user`` is the name under which others in a channel see and address this client, 1 to 255
     bytes that nobody checks.
@@ -40,7 +46,7 @@ def connect(
     listens is no such server, ``RequestFailed`` with the code ``unauthorized`` for a wrong
     ``token`` or ``bad_request`` for what is no ``user``, and ``ValueError`` for what is no address.
     """
-    client = Client(url, token, user, connect_timeout)
+    client = Client(url, token, user, connect_timeout, ssl)
     client._connected(None)
     return client
 
@@ -57,12 +63,18 @@ class Client:
     """
 
     def __init__(
-        self, url: str, token: str | None, user: str | None, connect_timeout: float
+        self,
+        url: str,
+        token: str | None,
+        user: str | None,
+        connect_timeout: float,
+        ssl: SSLContext | None,
     ) -> None:
         self._url = url
         self._token = token
         self._user = user
         self._connect_timeout = connect_timeout
+        self._ssl = ssl
         self._requests = flows.Requests()
         self._connecting = threading.Lock()
         self._wire: Wire | None = None
@@ -310,7 +322,7 @@ class Client:
                 timeout = self._connect_timeout
                 if deadline is not None:
                     timeout = max(0.001, min(timeout, deadline - time.monotonic()))
-                wire = Wire(self._url, self._token, timeout)
+                wire = Wire(self._url, self._token, timeout, self._ssl)
                 try:
                     self._run(needs.greet(wire.link, timeout, self._user))
                 except BaseException:

@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from contextlib import ExitStack, suppress
+from ssl import SSLContext
 from typing import Any
 
 from websockets.exceptions import ConnectionClosed, WebSocketException
@@ -16,7 +17,7 @@ from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as connect_websocket
 
 from sqlrooms_server.client.link import Link
-from sqlrooms_server.client.opening import CLOSE_TIMEOUT_S, headers, refused
+from sqlrooms_server.client.opening import opening, refused
 
 # Windows does not interrupt a wait for Ctrl+C; so that it is looked at, no wait is longer.
 _LONGEST_WAIT_S = 1.0
@@ -25,21 +26,15 @@ _LONGEST_WAIT_S = 1.0
 class Wire:
     """One WebSocket and its two threads."""
 
-    def __init__(self, url: str, token: str | None, timeout: float) -> None:
+    def __init__(self, url: str, token: str | None, timeout: float, ssl: SSLContext | None) -> None:
         # Its put may be called by a finalizer, in the middle of another put.
         self._outgoing: queue.SimpleQueue[str | bytes | None] = queue.SimpleQueue()
         self.link = Link(self._outgoing.put, queue.SimpleQueue)
         with ExitStack() as stack:
             try:
-                opening = connect_websocket(
-                    url,
-                    additional_headers=headers(token),
-                    compression=None,
-                    max_size=None,
-                    open_timeout=timeout,
-                    close_timeout=CLOSE_TIMEOUT_S,
-                )
-                self._socket: ClientConnection = stack.enter_context(opening)
+                address, options = opening(url, token, timeout, ssl)
+                connecting = connect_websocket(address, **options)
+                self._socket: ClientConnection = stack.enter_context(connecting)
             except WebSocketException as error:
                 raise refused(url, error) from error
             self._stack = stack.pop_all()

@@ -179,7 +179,9 @@ class Engine:
         thread.start()
         thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
-            self._connection.interrupt()
+            # It may close just now.
+            with contextlib.suppress(duckdb.Error):
+                self._connection.interrupt()
             thread.join(0.1)
         return not thread.is_alive()
 

@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import struct
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from sqlrooms_server.db.columns import Column, unique_names
+from sqlrooms_server.db.inflation import (
+    DICTIONARY,
+    FLATBUFFER_ERRORS,
+    RECORD_BATCH,
+    SCHEMA,
+    Inflation,
+    Table,
+)
 from sqlrooms_server.errors import BadRequest
 
 # What Arrow raises for a damaged stream. ValueError: names and messages that are no UTF-8.
@@ -28,12 +37,6 @@ _COPIED_BYTES = 4096
 
 # Smaller pieces are joined: each costs a hundred bytes besides its own.
 _JOINED_BYTES = 16 << 10
-
-# Types of messages in the metadata.
-_SCHEMA, _DICTIONARY, _RECORD_BATCH = 1, 2, 3
-
-# Fields of the flatbuffer table Message.
-_HEADER_TYPE, _BODY_LENGTH = 1, 3
 
 
 class PushedStream:
@@ -51,6 +54,9 @@ class PushedStream:
         # Of the message under way: its size, once its metadata is here, and its type.
         self._size: int | None = None
         self._type = 0
+        self._metadata = b""
+        self._body_starts = 0
+        self._inflation = Inflation(max_message)
         self._ended = False
         self._complete = _CompleteMessages()
         self._reader: Any = None
@@ -67,11 +73,14 @@ class PushedStream:
             if self._size == 0:
                 self._ended = True
                 continue
-            self._complete.add(self._take(self._size))
+            message = self._take(self._size)
+            if self._type != SCHEMA:
+                _check(self._inflation, self._metadata, message, self._body_starts)
+            self._complete.add(message)
             self._size = None
-            if self._type == _SCHEMA:
+            if self._type == SCHEMA:
                 self._open()
-            elif self._type == _RECORD_BATCH:
+            elif self._type == RECORD_BATCH:
                 batches.append(self._next_batch())
         return batches
 
@@ -108,12 +117,13 @@ class PushedStream:
             return
         metadata = self._peek(start + length)[start:]
         try:
-            self._type, body = _type_and_body_length(metadata)
-        except (struct.error, IndexError) as error:
+            message = Table.root(metadata)
+            self._type, body = message.number(1, "<B"), message.number(3, "<q")
+        except FLATBUFFER_ERRORS as error:
             raise broken("the metadata of a message cannot be read") from error
-        if self._type not in (_SCHEMA, _DICTIONARY, _RECORD_BATCH):
+        if self._type not in (SCHEMA, DICTIONARY, RECORD_BATCH):
             raise broken(f"it holds a message of type {self._type}")
-        if (self._type == _SCHEMA) != (self.schema is None):
+        if (self._type == SCHEMA) != (self.schema is None):
             raise broken("it must begin with a schema, and have one")
         if not 0 <= body <= self._max_message:
             raise BadRequest(
@@ -121,6 +131,7 @@ class PushedStream:
                 f"{self._max_message} are allowed (--max-message-size). Send smaller batches."
             )
         self._size = start + length + body
+        self._metadata, self._body_starts = metadata, start + length
 
     def _peek(self, size: int) -> bytes:
         parts = []
@@ -204,23 +215,39 @@ def numbered(schema: pa.Schema) -> pa.Schema:
     return pa.schema([field.with_name(name) for field, name in zip(schema, names, strict=True)])
 
 
-def _type_and_body_length(metadata: bytes) -> tuple[int, int]:
-    """The header type and body length in the flatbuffer of a ``Message``."""
-    (table,) = struct.unpack_from("<I", metadata, 0)
-    (to_vtable,) = struct.unpack_from("<i", metadata, table)
-    vtable = table - to_vtable
-    if vtable < 0:
-        raise IndexError("vtable before the buffer")
-    (vtable_size,) = struct.unpack_from("<H", metadata, vtable)
+def check_stream(body: pa.Buffer, max_message: int) -> None:
+    """Raise ``BadRequest`` for a whole stream of which a message would become too large."""
+    inflation = Inflation(max_message)
+    try:
+        for message in pa.ipc.MessageReader.open_stream(body):
+            if message.body is not None:
+                metadata = message.metadata.to_pybytes()
+                _check(inflation, metadata, [memoryview(message.body)])
+    except STREAM_ERRORS as error:
+        raise broken(error) from error
 
-    def field(index: int, format: str) -> int:
-        entry = 4 + 2 * index
-        if entry + 2 > vtable_size:
-            return 0
-        (offset,) = struct.unpack_from("<H", metadata, vtable + entry)
-        return int(struct.unpack_from(format, metadata, table + offset)[0]) if offset else 0
 
-    return field(_HEADER_TYPE, "<B"), field(_BODY_LENGTH, "<q")
+def _check(
+    inflation: Inflation, metadata: bytes, pieces: Sequence[memoryview], start: int = 0
+) -> None:
+    """Check a message, whose body begins at ``start`` of its ``pieces``."""
+    try:
+        inflation.check(metadata, lambda offset: _part(pieces, start + offset, 8))
+    except FLATBUFFER_ERRORS as error:
+        raise broken("the metadata of a message cannot be read") from error
+
+
+def _part(pieces: Sequence[memoryview], start: int, size: int) -> bytes:
+    """At most ``size`` bytes of what ``pieces`` are together."""
+    parts = []
+    for piece in pieces:
+        if size and 0 <= start < len(piece):
+            parts.append(piece[start : start + size])
+            size -= len(parts[-1])
+            start = 0
+        else:
+            start -= len(piece) if start else 0
+    return b"".join(parts)
 
 
 def broken(reason: object) -> BadRequest:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from sqlrooms_server.db.cursor import CHANGES_STAND, Cursor
 from sqlrooms_server.db.engine import Engine
-from sqlrooms_server.db.ipc import STREAM_ERRORS, broken, numbered
+from sqlrooms_server.db.ipc import STREAM_ERRORS, broken, check_stream, numbered
 from sqlrooms_server.db.statements import quote_identifier
 from sqlrooms_server.errors import Conflict
 from sqlrooms_server.messages import UploadMode
@@ -21,9 +21,16 @@ _SOURCE = "__sqlrooms_upload"
 
 
 def write_table(
-    engine: Engine, cursor: Cursor, table: tuple[str, ...], mode: UploadMode, body: memoryview
+    engine: Engine,
+    cursor: Cursor,
+    table: tuple[str, ...],
+    mode: UploadMode,
+    body: memoryview,
+    max_message: int = 128 << 20,
 ) -> None:
     """Write the Arrow IPC stream ``body`` to ``table`` (one to three name parts).
+
+    What is compressed in it may grow to a multiple of ``max_message``.
 
     Raises ``BadRequest`` when the stream is not one and ``Conflict`` when a table to create is
     there; then, as after any error, a table that was there before is as it was. Columns of one
@@ -38,7 +45,7 @@ def write_table(
 
     def attempt() -> None:
         # A reader can be read once; a second try with a spent one would empty the table.
-        source = _Source(body)
+        source = _Source(aligned)
         cursor.native.register(_SOURCE, source.reader())
         try:
             cursor.native.execute(statement)
@@ -51,6 +58,9 @@ def write_table(
             cursor.native.unregister(_SOURCE)
 
     cursor.check()
+    # The body stands behind a header of any length; Arrow data must be aligned.
+    aligned = pa.py_buffer(bytes(body))
+    check_stream(aligned, max_message)
     with engine.changes.of_upload(cursor.native, target, new=mode != "append"):
         engine.retrying(cursor, attempt)
 
@@ -165,11 +175,10 @@ def _explained(error: Exception, mode: UploadMode) -> Exception:
 class _Source:
     """One reading of an Arrow IPC stream. ``failure`` is what was wrong with it, if anything."""
 
-    def __init__(self, body: memoryview) -> None:
+    def __init__(self, body: pa.Buffer) -> None:
         self.failure: Exception | None = None
         try:
-            # The body stands behind a header of any length; Arrow data must be aligned.
-            self._stream = pa.ipc.open_stream(pa.py_buffer(bytes(body)))
+            self._stream = pa.ipc.open_stream(body)
             self._schema = numbered(self._stream.schema)
         except STREAM_ERRORS as error:
             raise broken(error) from error

@@ -19,7 +19,7 @@ class Route:
 
     A ``path`` that ends in ``/`` stands for everything below it. Unless it ``is_public``, the
     request must come from an origin and a host that may connect, with a token if one is needed;
-    ``answer`` is told who sent it.
+    ``answer`` is told who sent it, None for a stranger.
     """
 
     method: str

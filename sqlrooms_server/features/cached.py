@@ -16,7 +16,7 @@ from sqlrooms_server.db.versions import Token
 from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.chunked import ChunkedRequest
 from sqlrooms_server.features.flights import Flight, Flights
-from sqlrooms_server.features.limits import bound_rows, truncation
+from sqlrooms_server.features.limits import Bounds, bound_rows, truncation
 from sqlrooms_server.features.requests import Request, Requests
 from sqlrooms_server.jobs import Lane, Pause, Scheduler, Work
 from sqlrooms_server.messages import CacheStats, Params, Query
@@ -61,12 +61,12 @@ class CachedQueries(Feature):
     def closed(self, peer: Peer) -> None:
         self._lanes.pop(peer, None)
 
-    def answer(self, peer: Peer, query: Query, policy: Policy) -> bool:
+    def answer(self, peer: Peer, query: Query, bounds: Bounds) -> bool:
         """Answer ``query`` from memory, on the loop thread; False when that is not possible."""
         if self._cache is None or _is_large(query):
             return False
         self._engine.versions.in_use = True
-        key = _key(query, policy)
+        key = _key(query, bounds)
         entry = self._cache.peek(key)
         if entry is None or entry.body is None or query.options.stream or peer.is_behind:
             return False
@@ -85,27 +85,29 @@ class CachedQueries(Feature):
             peer.send_binary(message)
         return True
 
-    def work(self, request: Request, query: Query, policy: Policy, alone: Work) -> Work:
+    def work(self, request: Request, query: Query, bounds: Bounds, alone: Work) -> Work:
         """Answer ``request`` from the cache, from a run that others wait for, or ``alone``."""
         lane = self._lanes.setdefault(request.peer, Lane())
-        return self._work(request, query, policy, lane, alone)
+        return self._work(request, query, bounds, lane, alone)
 
     def _work(
-        self, request: Request, query: Query, policy: Policy, lane: Lane, alone: Work
+        self, request: Request, query: Query, bounds: Bounds, lane: Lane, alone: Work
     ) -> Work:
         cache, versions = self._cache, self._engine.versions
         reading = (
-            None if cache is None or _is_large(query) else self._reading(request, query, policy)
+            None
+            if cache is None or _is_large(query)
+            else self._reading(request, query, bounds.policy)
         )
         entry, is_hit = None, False
         if cache is not None and reading is not None and not reading.uncacheable:
-            key = _key(query, policy)
+            key = _key(query, bounds)
             token = versions.token(reading.epoch, reading.tables)
             if self._too_large.get(key) != token:
                 entry = cache.find(key)
                 is_hit = entry is not None and versions.holds(entry.token)
                 if not is_hit:
-                    entry = yield from self._joined(cache, key, token, request, query, policy, lane)
+                    entry = yield from self._joined(cache, key, token, request, query, bounds, lane)
         if entry is None:
             self._count("uncacheable")
             yield from alone
@@ -135,7 +137,7 @@ class CachedQueries(Feature):
         token: Token,
         request: Request,
         query: Query,
-        policy: Policy,
+        bounds: Bounds,
         lane: Lane,
     ) -> Generator[Pause, None, Entry | None]:
         """Wait for the run that computes ``key``; its entry, or None when it is too large."""
@@ -154,7 +156,7 @@ class CachedQueries(Feature):
                     if flight.entry is not None and self._engine.versions.holds(token):
                         cache.store(key, flight.entry)
 
-                run = self._compute(cache, flight, query, policy)
+                run = self._compute(cache, flight, query, bounds)
                 self._flights.begin(key, flight, lane, run, keep)
             while not flight.is_over:
                 yield Pause.WAIT
@@ -173,18 +175,16 @@ class CachedQueries(Feature):
             self._too_large.clear()
         self._too_large[key] = token
 
-    def _compute(self, cache: ResultCache, flight: Flight, query: Query, policy: Policy) -> Work:
+    def _compute(self, cache: ResultCache, flight: Flight, query: Query, bounds: Bounds) -> Work:
         spool = cache.spool()
         try:
-            with self._engine.cursor(policy) as cursor:
+            with self._engine.cursor(bounds.policy) as cursor:
                 flight.cursor = cursor
                 if query.options.progress:
                     cursor.show_progress()
                 result = cursor.run(query.sql, query.options.params, query.formats)
                 assert result is not None
-                limit = bound_rows(
-                    result, query.options, self._settings.max_result_rows, count=True
-                )
+                limit = bound_rows(result, query.options, bounds, count=True)
                 first = result.first_batch()
                 is_json = result.goes_as_json(query.formats)
                 chunks: Iterator[Chunk]
@@ -224,22 +224,25 @@ def _is_large(query: Query) -> bool:
     return max(query.options.size, len(query.sql)) > MAX_PLANNED_LENGTH
 
 
-def _scope(policy: Policy) -> str:
-    """``policy`` as a text that equal ones share; empty for an open one."""
-    if policy.is_open:
+def _scope(bounds: Bounds) -> str:
+    """``bounds`` as a text that equal ones share; empty for those of the server alone."""
+    policy = bounds.policy
+    if policy.is_open and bounds.rows_by.startswith("--"):
         return ""
     flags = policy.read_only, policy.files, policy.extensions
-    return json.dumps([*flags, _sorted(policy.schemas), _sorted(policy.kinds)])
+    return json.dumps(
+        [*flags, _sorted(policy.schemas), _sorted(policy.kinds), bounds.rows_by, bounds.rows]
+    )
 
 
 def _sorted(names: frozenset[str] | None) -> list[str] | None:
     return None if names is None else sorted(names)
 
 
-def _key(query: Query, policy: Policy) -> Key:
+def _key(query: Query, bounds: Bounds) -> Key:
     """What makes two queries the same. Chunks are cut from the same bytes as one message."""
     options = query.options
-    formats = ",".join(query.formats) + _scope(policy)
+    formats = ",".join(query.formats) + _scope(bounds)
     return query.sql, _canonical(options.params), formats, options.compression, options.max_rows
 
 

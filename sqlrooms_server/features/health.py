@@ -6,6 +6,7 @@ import logging
 import platform
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from sqlrooms_server import __version__
 from sqlrooms_server.access import Identity
@@ -105,17 +106,14 @@ class Health(Feature):
     def _healthz(self, request: HttpRequest, exchange: Exchange, _: Identity | None) -> None:
         exchange.respond(200, b"ok")
 
-    def _version(self, request: HttpRequest, exchange: Exchange, _: Identity | None) -> None:
-        body = encode(
-            {
-                "name": "sqlrooms-server",
-                "version": __version__,
-                "duckdb": DUCKDB_VERSION,
-                "python": platform.python_version(),
-                "protocol": PROTOCOL_VERSION,
-            }
-        )
-        exchange.respond(200, body, "application/json")
+    def _version(self, request: HttpRequest, exchange: Exchange, asker: Identity | None) -> None:
+        about: dict[str, Any] = {"name": "sqlrooms-server", "protocol": PROTOCOL_VERSION}
+        # Strangers need not know which weaknesses to try.
+        if asker is not None:
+            about["version"] = __version__
+            about["duckdb"] = DUCKDB_VERSION
+            about["python"] = platform.python_version()
+        exchange.respond_json(200, encode(about))
 
     def _readyz(self, request: HttpRequest, exchange: Exchange, _: Identity | None) -> None:
         if self._draining:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 
 from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
-from sqlrooms_server.db.policy import Policy
 from sqlrooms_server.db.results import arrow_chunks
 from sqlrooms_server.db.room_macros import wanted_rooms
 from sqlrooms_server.db.versions import Recorded, Token
@@ -22,7 +21,14 @@ from sqlrooms_server.errors import (
     TooLarge,
 )
 from sqlrooms_server.features import Feature, MessageHandler
-from sqlrooms_server.features.limits import bound_rows, deadline, out_of_time, truncation
+from sqlrooms_server.features.limits import (
+    Bounds,
+    bound_rows,
+    bounds_of,
+    deadline,
+    out_of_time,
+    truncation,
+)
 from sqlrooms_server.features.requests import Request, Requests, as_server_error
 from sqlrooms_server.jobs import Job, Lane, Pause, Scheduler, Work
 from sqlrooms_server.messages import Live, Options
@@ -39,13 +45,13 @@ _MAX_WAITING_BYTES = 512 << 20
 # A result up to this is kept for subscribers that come later.
 _KEPT_BYTES = 256 << 10
 
-_Key = tuple[str, str, int | None, str | None, float | None, Policy]
+_Key = tuple[str, str, int | None, str | None, float | None, Bounds]
 
 
-def _key(live: Live, policy: Policy) -> _Key:
+def _key(live: Live, bounds: Bounds) -> _Key:
     options = live.options
     params = json.dumps(options.params)
-    return live.sql, params, options.max_rows, options.compression, options.timeout, policy
+    return live.sql, params, options.max_rows, options.compression, options.timeout, bounds
 
 
 class Subscription(Request):
@@ -70,10 +76,10 @@ class _Query:
     ``state`` counts the results that differed. ``body`` is the last one while it is needed.
     """
 
-    def __init__(self, sql: str, options: Options, policy: Policy) -> None:
+    def __init__(self, sql: str, options: Options, bounds: Bounds) -> None:
         self.sql = sql
         self.options = options
-        self.policy = policy
+        self.bounds = bounds
         self.subscriptions: set[Subscription] = set()
         self.state = 0
         self.body: bytes | None = None
@@ -138,10 +144,11 @@ class LiveQueries(Feature):
         if not self._requests.register(subscription):
             return
         policy = self._engine.bounded(peer.role.sql)
-        key = _key(live, policy)
+        bounds = bounds_of(peer.role, policy, self._settings)
+        key = _key(live, bounds)
         query = self._queries.get(key)
         if query is None:
-            query = self._queries[key] = _Query(live.sql, live.options, policy)
+            query = self._queries[key] = _Query(live.sql, live.options, bounds)
         query.subscriptions.add(subscription)
         self._counts[peer] = self._counts.get(peer, 0) + 1
         subscription.on_answered = lambda: self._leave(key, query, subscription)
@@ -210,7 +217,7 @@ class LiveQueries(Feature):
         query.deadline = self._limit(query, query.job)
 
     def _limit(self, query: _Query, job: Job) -> Timer | None:
-        limit = deadline(query.options, self._settings.query_timeout)
+        limit = deadline(query.options, query.bounds)
         if limit is None:
             return None
         seconds, name = limit
@@ -223,7 +230,7 @@ class LiveQueries(Feature):
 
     def _work(self, query: _Query, result: _Result) -> Work:
         engine = self._engine
-        with engine.cursor(query.policy) as cursor:
+        with engine.cursor(query.bounds.policy) as cursor:
             query.cursor = cursor
             statements = cursor.examine(query.sql)
             if statements.kinds is None:
@@ -241,7 +248,7 @@ class LiveQueries(Feature):
             result.token = engine.versions.token(reading.epoch, reading.tables)
             found = cursor.run(query.sql, query.options.params)
             assert found is not None
-            limit = bound_rows(found, query.options, self._settings.max_result_rows)
+            limit = bound_rows(found, query.options, query.bounds)
             chunks, size = [], 0
             first = found.first_batch()
             for chunk in arrow_chunks(found, first, b"", query.options.compression):

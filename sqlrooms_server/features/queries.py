@@ -9,14 +9,13 @@ from typing import IO, Any
 
 from sqlrooms_server.db.cursor import Cursor, Result
 from sqlrooms_server.db.engine import Engine
-from sqlrooms_server.db.policy import Policy
 from sqlrooms_server.db.results import BROKEN_ARROW, Chunk, arrow_chunks, json_chunks
 from sqlrooms_server.db.room_macros import provide, wanted_rooms
 from sqlrooms_server.errors import ServerError, TooLarge
 from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.cached import CachedQueries
 from sqlrooms_server.features.chunked import ChunkedRequest
-from sqlrooms_server.features.limits import bound_rows, deadline, truncation
+from sqlrooms_server.features.limits import Bounds, bound_rows, bounds_of, deadline, truncation
 from sqlrooms_server.features.requests import Request, Requests
 from sqlrooms_server.features.room_queries import RoomReader
 from sqlrooms_server.features.sessions import Sessions
@@ -61,19 +60,20 @@ class Queries(Feature):
         # That of now: whoever is disconnected has no role any more, but may have begun what
         # others wait for.
         policy = self._engine.bounded(peer.role.sql)
-        if persist and self._cached.answer(peer, query, policy):
+        bounds = bounds_of(peer.role, policy, self._settings)
+        if persist and self._cached.answer(peer, query, bounds):
             return
         request = self._request(peer, query)
         if query.options.session is not None:
-            submitted = self._submit_in_session(request, query, query.options.session, policy)
+            submitted = self._submit_in_session(request, query, query.options.session, bounds)
         else:
-            work = self._work(request, query, lambda: self._engine.cursor(policy))
+            work = self._work(request, query, bounds, lambda: self._engine.cursor(policy))
             if persist:
-                work = self._cached.work(request, query, policy, work)
+                work = self._cached.work(request, query, bounds, work)
             submitted = self._requests.submit(request, work)
         if not submitted:
             return
-        limit = deadline(query.options, self._settings.query_timeout)
+        limit = deadline(query.options, bounds)
         if limit is not None:
             request.limit(*limit)
         if query.options.progress:
@@ -93,7 +93,7 @@ class Queries(Feature):
         broken_end = BROKEN_ARROW if "arrow" in query.formats else b""
         return Request(self._requests, peer, query.query_id, size=size, broken_end=broken_end)
 
-    def _submit_in_session(self, request: Request, query: Query, name: str, policy: Policy) -> bool:
+    def _submit_in_session(self, request: Request, query: Query, name: str, bounds: Bounds) -> bool:
         peer = request.peer
         try:
             session = self._sessions.use(peer, name)
@@ -101,10 +101,12 @@ class Queries(Feature):
             request.refuse(error)
             return False
         request.on_answered = lambda: self._sessions.used(peer, name, session)
-        work = self._work(request, query, lambda: session.cursor(policy))
+        work = self._work(request, query, bounds, lambda: session.cursor(bounds.policy))
         return self._requests.submit(request, work, session.lane)
 
-    def _work(self, request: Request, query: Query, open_cursor: Callable[[], Cursor]) -> Work:
+    def _work(
+        self, request: Request, query: Query, bounds: Bounds, open_cursor: Callable[[], Cursor]
+    ) -> Work:
         wanted = None
         if self._rooms is not None:
             wanted = wanted_rooms(query.sql, query.options.params)
@@ -135,7 +137,7 @@ class Queries(Feature):
                         yield Pause.TURN
                 request.reply(encode_ok(query.query_id))
                 return
-            limit = bound_rows(result, query.options, self._settings.max_result_rows)
+            limit = bound_rows(result, query.options, bounds)
             first = result.first_batch()
             if first is None and result.tells_nothing and not result.truncated:
                 request.reply(encode_ok(query.query_id))

@@ -179,7 +179,10 @@ class Uploads(Feature):
         with self._engine.cursor() as cursor:
             request.cursor = cursor
             self._check(policy, upload.table, upload.mode)
-            write_table(self._engine, cursor, upload.table, upload.mode, upload.body)
+            write_table(
+                *(self._engine, cursor, upload.table, upload.mode, upload.body),
+                max_message=self._settings.max_message_size,
+            )
         request.reply(encode({"type": "uploadAck", "queryId": upload.query_id}))
         return
         yield  # a job is a generator, also one that never pauses

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     import pyarrow as pa
 
     from sqlrooms_server.client import Client
@@ -71,18 +73,24 @@ def _main(arguments: Sequence[str]) -> int:
     try:
         params = _parameters(options.param)
         token = _token(options.token_file)
+        authority = _authority(options.ca_file)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     sql = sys.stdin.read() if options.sql == "-" else options.sql
     url = options.url if "://" in options.url else f"ws://{options.url}"
 
     # Not at the top: --help and wrong arguments need neither pyarrow nor websockets.
+    from ssl import SSLCertVerificationError
+
     try:
         from sqlrooms_server.client import ConnectionLost, RequestFailed, connect
     except ModuleNotFoundError as error:
         return _fail(f"{error}. Install it with: pip install 'sqlrooms-server[client]'", USAGE)
     try:
-        db = connect(url, token=token)
+        db = connect(url, token=token, ssl=authority)
+    except SSLCertVerificationError as error:
+        hint = "--ca-file gives the authority that signed it."
+        return _fail(f"Cannot trust {url}: {error.verify_message}. {hint}", NO_CONNECTION)
     except ValueError as error:
         parser.error(str(error))
     except RequestFailed as error:
@@ -123,6 +131,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--token-file",
         metavar="FILE",
         help="File whose first line is the token. Default: the token in SQLROOMS_AUTH_TOKEN.",
+    )
+    parser.add_argument(
+        "--ca-file",
+        metavar="FILE",
+        help="PEM file of the authority that signed the certificate of a wss:// server. Default: "
+        "the authorities of this machine.",
     )
     parser.add_argument("--format", choices=_FORMATS, help="See below.")
     parser.add_argument(
@@ -257,6 +271,18 @@ def _token(path: str | None) -> str | None:
         return os.environ.get("SQLROOMS_AUTH_TOKEN") or None
     with open(path, encoding="utf-8") as file:
         return file.readline().strip()
+
+
+def _authority(path: str | None) -> SSLContext | None:
+    if path is None:
+        return None
+    import ssl
+
+    try:
+        return ssl.create_default_context(cafile=path)
+    except OSError as error:
+        reason = "it has no certificate" if isinstance(error, ssl.SSLError) else error.strerror
+        raise ValueError(f"cannot use --ca-file {path}: {reason}") from error
 
 
 def _refused(url: str, code: str, text: str) -> str:

@@ -16,6 +16,10 @@ log = logging.getLogger(__name__)
 
 ffi, lib = native.ffi, native.lib
 
+# Requests that one socket may have sent at once. Half a megabyte of them would take a second, in
+# which nobody else is served. Clients wait for the answer to each.
+_MAX_AT_ONCE = 64
+
 TOO_MANY = "There are too many connections from {} (--max-connections-per-address)."
 
 
@@ -58,6 +62,9 @@ class Exchanges:
         self._open: dict[int, Exchange] = {}
         self._arriving: dict[int, _Arriving] = {}
         self._numbers = itertools.count(1)
+        # The socket that asked last in this turn of the loop, and how often.
+        self._asking = 0
+        self._times = 0
         self._on_http_callback = ffi.callback("void(uws_res_t*, uws_req_t*, void*)", self._on_http)
         self._on_abort_callback = ffi.callback("void(uws_res_t*, void*)", self._on_abort)
         self._on_data_callback = ffi.callback(
@@ -68,13 +75,27 @@ class Exchanges:
         """Answer the requests of ``app`` that are no upgrades."""
         lib.uws_app_any(self._tls, app, b"/*", self._on_http_callback, ffi.NULL)
 
+    def turn_ended(self) -> None:
+        """For the transport: what comes now was not sent at once."""
+        self._asking = 0
+
+    def asks_too_often(self, key: int) -> bool:
+        """Whether a socket, by its address, sent more requests at once than anybody needs."""
+        self._times = self._times + 1 if key == self._asking else 1
+        self._asking = key
+        return self._times > _MAX_AT_ONCE
+
     def _on_http(self, res: Any, req: Any, user_data: Any) -> None:
+        key = native.pointer_key(res)
+        if self.asks_too_often(key):
+            lib.uws_res_close(self._tls, res)
+            return
         number = next(self._numbers)
         exchange = self._open[number] = Exchange(self._tls, res)
         pointer = native.integer_pointer(number)
         lib.uws_res_on_aborted(self._tls, res, self._on_abort_callback, pointer)
         try:
-            may_ask = self._sockets.asked(native.pointer_key(res))
+            may_ask = self._sockets.asked(key)
             request = self._reader.read(res, req)
             if not may_ask:
                 exchange.respond(429, TOO_MANY.format(request.remote_address).encode())

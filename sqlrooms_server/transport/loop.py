@@ -199,6 +199,7 @@ class Transport:
         if self._turns >= _TURNS_BETWEEN_LOOKS:
             self._look_for_exhaustion()
         self._topics.turn_ended()
+        self._exchanges.turn_ended()
         # Cleared before the inbox is counted: what is posted from here on wakes the loop again.
         self._wake_pending = False
         # Only what is there now, or posts that post again would keep the sockets waiting.
@@ -279,7 +280,7 @@ class Transport:
         if app == ffi.NULL or lib.uws_constructor_failed(self._tls, app):
             raise StartupError(
                 f"The TLS library cannot use --tls-cert {self._certificate.certificate} with "
-                f"--tls-key {self._certificate.key}; make a key of RSA (2048 bits) or ECDSA (P-256)."
+                f"--tls-key {self._certificate.key}; make a key of ECDSA (P-256) or RSA (2048)."
             )
         return app
 
@@ -312,9 +313,13 @@ class Transport:
     def _on_upgrade(self, res: Any, req: Any, context: Any, user_data: Any) -> None:
         assert self._listeners is not None
         self._listeners.add_context(context)
+        key = native.pointer_key(res)
+        if self._exchanges.asks_too_often(key):
+            lib.uws_res_close(self._tls, res)
+            return
         answered = False
         try:
-            may_come = self._sockets.asked(native.pointer_key(res))
+            may_come = self._sockets.asked(key)
             request = self._reader.read(res, req)
             client = self._client_of_proxy(request)
             may_come = may_come and (client is None or self._sockets.may_join(client))
@@ -344,7 +349,6 @@ class Transport:
             protocol = header(b"sec-websocket-protocol").split(b",")[0].strip()
             extensions = header(b"sec-websocket-extensions")
             answered = True
-            key = native.pointer_key(res)
             self._places[connection] = self._sockets.upgraded(key, client)
             lib.uws_res_upgrade(
                 self._tls,

@@ -22,7 +22,7 @@ FORWARDED = "forwarded"
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 # RFC 7239, section 4: a list of name=value pairs, the values tokens or quoted.
-_PAIR = re.compile(r'\s*([!#$%&\'*+.^_`|~\w-]+)=([!#$%&\'*+.^_`|~\w:\[\]-]*|"(?:[^"\\]|\\.)*")\s*')
+_PAIR = re.compile(r'\s*([!#$%&\'*+.^_`|~\w-]+)=("(?:[^"\\]|\\.)*"|[!#$%&\'*+.^_`|~\w:\[\]-]+)\s*')
 _PORT = re.compile(r":\d{1,5}")
 
 

@@ -7,10 +7,13 @@ however slowly its bytes come. What it does not bound is how many of them there 
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
 
 # Of an address over its limit, so many more are let in, to be told why they are refused.
 _TOLD_WHY = 16
@@ -23,7 +26,7 @@ _RESERVED_DESCRIPTORS = 256
 class SocketLimits:
     """``waiting`` is of sockets that are no WebSockets, ``of_address`` of all kinds of them.
 
-    A socket whose descriptor is not below ``descriptors`` is one too many.
+    There are too many in all when one has a descriptor that is not below ``descriptors``.
     """
 
     waiting: int
@@ -39,6 +42,10 @@ class Sockets:
         # Those that are no WebSocket, the one that asked longest ago first, and what they count as.
         self._waiting: dict[int, str | None] = {}
         self._counts: Counter[str] = Counter()
+        self._total = 0
+        # Set when descriptors run out. They are given out from below, so that each one that is
+        # closed hides for a moment how many are in use; how many sockets there are does not.
+        self._most: int | None = None
 
     def opened(self, key: int, address: str | None, descriptor: int) -> int | None:
         """A socket was accepted; the key of one to close for that, perhaps this one.
@@ -47,12 +54,20 @@ class Sockets:
         """
         place = None if address is None else _place(address)
         self._waiting[key] = place
+        self._total += 1
         if place is not None:
             self._counts[place] += 1
             if self._counts[place] > self._limits.of_address + _TOLD_WHY:
                 return key
-        is_full = len(self._waiting) > self._limits.waiting
-        if is_full or descriptor >= self._limits.descriptors:
+        if descriptor >= self._limits.descriptors and self._most is None:
+            self._most = self._total - 1
+            log.warning(
+                "There are too few file descriptors (ulimit -n) for %d connections; those that "
+                "are silent make room for others.",
+                self._total,
+            )
+        is_full = self._most is not None and self._total > self._most
+        if is_full or len(self._waiting) > self._limits.waiting:
             return next(iter(self._waiting))
         return None
 
@@ -80,10 +95,14 @@ class Sockets:
 
     def closed(self, key: int) -> None:
         """A socket closed that is no WebSocket."""
-        self.left(self._waiting.pop(key, None))
+        if key in self._waiting:
+            self.left(self._waiting.pop(key))
 
     def left(self, place: str | None) -> None:
-        """A WebSocket closed, or did not open."""
+        """A WebSocket closed."""
+        self._total -= 1
+        if self._most is not None and self._total <= self._most // 2:
+            self._most = None
         if place is None:
             return
         self._counts[place] -= 1

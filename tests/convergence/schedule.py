@@ -34,8 +34,9 @@ _LOST = "A process of documents was lost"
 class World:
     """A server, which may be stopped and started again, and the network in front of it."""
 
-    def __init__(self, token: str | None, *arguments: str) -> None:
+    def __init__(self, start: Callable[..., Any], token: str | None, *arguments: str) -> None:
         self.token = token
+        self._start = start
         self.network = Network(MAX_PEERS)
         self._arguments = arguments
         self._server: ServerProcess | None = None
@@ -47,7 +48,9 @@ class World:
         return self._server.url + token
 
     async def start_server(self) -> None:
-        self._server = await asyncio.to_thread(ServerProcess, ("--sync", *self._arguments), {})
+        self._server = await asyncio.to_thread(
+            ServerProcess, self._start, "--sync", *self._arguments
+        )
 
     def open(self) -> None:
         """Let the peers reach the server."""
