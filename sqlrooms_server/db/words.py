@@ -21,7 +21,7 @@ _STRING = re.compile(r"(?:[eExXbB]|[uU]&)?'|\$")
 
 # Words after which a table, view or function is named, of which the columns stand in brackets.
 _NAMING = frozenset(
-    "into table view exists references on as macro function index with recursive".split()
+    "into table view exists references on macro function index with recursive".split()
 )
 # Words after which tables are named, with commas between them.
 _TABLES_FOLLOW = frozenset(
