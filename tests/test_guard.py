@@ -660,6 +660,26 @@ def test_kinds_are_listed(world: World) -> None:
         world.check("explain analyze delete from t", explaining)
 
 
+def test_kinds_within_a_statement_count(world: World) -> None:
+    policy = Policy(kinds=frozenset({"SELECT"}))
+    world.check("select count(*) from '{csv}' where 'insert' <> ''", policy)
+    for sql in (
+        "with i as (insert into t values (5, 'x', 1) returning *) select * from i",
+        "create table x as pivot t on b using sum(a)",
+        "insert into stats (pivot t on a using sum(a))",
+    ):
+        with pytest.raises((Forbidden, QueryError)):
+            world.check(sql, policy)
+
+
+def test_macros_are_looked_into_once(world: World) -> None:
+    # Each way to the last one, taken alone, would be 256.
+    world.run("create or replace macro m8(x) as x", UNRESTRICTED)
+    for i in reversed(range(8)):
+        world.run(f"create or replace macro m{i}(x) as m{i + 1}(x) + m{i + 1}(x)", UNRESTRICTED)
+    assert world.run("select m0(1) as n", SELECT) == [{"n": 256}]
+
+
 def test_extensions_are_closed_to_those_who_have_none(world: World) -> None:
     policy = Policy(extensions=False)
     world.check("copy t to '{out}'", policy)

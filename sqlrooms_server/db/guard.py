@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import duckdb
 
 from sqlrooms_server.db import words
+from sqlrooms_server.db.effects import has_changing_word
 from sqlrooms_server.db.functions import CHANGING, FILE_READERS, GENERATORS, METADATA, is_harmless
 from sqlrooms_server.db.paths import Directories
 from sqlrooms_server.db.plans import MAX_PLANNED_LENGTH, Plan, Unplannable, plan_of
@@ -26,6 +27,9 @@ from sqlrooms_server.errors import Forbidden, QueryError
 
 _MEMO_ENTRIES = 1024
 _MEMO_TEXT_LENGTH = 16 << 10
+
+# Each takes DuckDB 25 ms to find.
+_MAX_MACROS = 100
 
 _PIVOTS = frozenset("pivot pivot_wider pivot_longer unpivot".split())
 _QUERIES = frozenset("select from with values table".split()) | _PIVOTS
@@ -172,6 +176,7 @@ class _Check:
         self._guard = guard
         self._native = native
         self._policy = policy
+        self._macros: set[str] = set()
         # Otherwise only kinds and extensions matter.
         self._is_closed = policy.is_inside or policy.read_only
         self._reads_files = not policy.is_inside or (
@@ -266,8 +271,7 @@ class _Check:
         if words.has_inner_description(tokens):
             self._refuse("DESCRIBE in a statement", "it can be checked alone only")
 
-    def _may_call(self, name: str, above: frozenset[str] = frozenset()) -> bool:
-        """``above``: the macros that call it, which must not go round in circles."""
+    def _may_call(self, name: str) -> bool:
         if is_harmless(name) or name in GENERATORS or self._guard.has_function(name):
             return True
         if name in CHANGING:
@@ -276,6 +280,12 @@ class _Check:
             return self._policy.schemas is None
         if name in FILE_READERS:
             return self._reads_files
+        if name in self._macros:
+            # It was, or is being, looked into.
+            return True
+        self._macros.add(name)
+        if len(self._macros) > _MAX_MACROS:
+            self._refuse("This statement", f"it calls more than {_MAX_MACROS} macros")
         # What a macro does is in the plan of its call, but a plan may open a file that the client
         # has named.
         found = self._native.execute(
@@ -283,9 +293,9 @@ class _Check:
             "AND function_type IN ('macro', 'table_macro') AND NOT internal",
             [name],
         ).fetchall()
-        return bool(found) and all(self._may_define(text, above | {name}) for (text,) in found)
+        return bool(found) and all(self._may_define(text) for (text,) in found)
 
-    def _may_define(self, definition: str, above: frozenset[str]) -> bool:
+    def _may_define(self, definition: str) -> bool:
         try:
             tokens = words.tokens_of(definition)
         except words.Unreadable:
@@ -295,7 +305,7 @@ class _Check:
             names & FILE_READERS or next(words.file_names(tokens), None) is not None
         ):
             return False
-        return all(name not in above and self._may_call(name, above) for name in names)
+        return all(self._may_call(name) for name in names)
 
     def _file_names(self, tokens: list[Token]) -> None:
         if not self._policy.is_inside:
@@ -317,6 +327,18 @@ class _Check:
         if kinds is not None and kind not in kinds:
             self._refuse(f"A statement of kind {kind}", f"allowed kinds are {_listed(kinds)}")
 
+    def _inner_kinds(self, sql: str) -> None:
+        """A SELECT of 2.x may insert in a WITH."""
+        if self._policy.kinds is None:
+            return
+        try:
+            changes = bool(plan_of(self._native, sql).writes)
+        except Unplannable:
+            changes = has_changing_word(sql)
+        if changes:
+            for kind in ("INSERT", "UPDATE", "DELETE", "MERGE_INTO"):
+                self._kind(kind)
+
     def _unparsed(self, sql: str) -> NoReturn:
         try:
             self._native.extract_statements(sql)
@@ -334,6 +356,8 @@ class _Check:
         is_several = len(kinds) > 1 or kinds == ("MULTI",)
         kind = _kind_of("MULTI" if is_several else kinds[0], opening)
         self._kind(kind)
+        if kind == "SELECT":
+            self._inner_kinds(sql)
         if kind == "EXPLAIN":
             self._explained(sql, tokens)
         elif not self._is_closed or kind in ("TRANSACTION", "PRAGMA"):
@@ -491,7 +515,7 @@ def _kind_of(kind: str, opening: list[str]) -> str:
     if opening[0] == "pragma":
         return "PRAGMA"
     if kind == "MULTI":
-        return "ALTER" if opening[0] == "alter" else "SELECT"
+        return "SELECT" if opening[0] in _QUERIES else opening[0].upper()
     return kind
 
 
@@ -533,9 +557,9 @@ def _without_parameters(native: duckdb.DuckDBPyConnection, sql: str) -> str | No
             "SELECT json_deserialize_sql($1)", [json.dumps(replaced)]
         ).fetchall()[0][0]
         again = native.execute("SELECT json_serialize_sql($1)", [text]).fetchall()[0][0]
-    except (duckdb.Error, ValueError, KeyError):
+        return text if _bare(json.loads(again)) == _bare(replaced) else None
+    except (duckdb.Error, ValueError, KeyError, RecursionError):
         return None
-    return text if _bare(json.loads(again)) == _bare(replaced) else None
 
 
 def _replaced(tree: Any, constant: Any) -> Any:
