@@ -20,7 +20,7 @@ _EXPERIMENTAL = b"ARROW:experimental_compression"
 
 _NOT_COMPRESSED = -1
 
-# Tables of real data shrink to a half or a quarter, so that messages of the largest size still pass.
+# Real data shrinks to a half or a quarter, so that messages of the largest size still pass.
 _MOST_TIMES = 4
 
 FLATBUFFER_ERRORS = (struct.error, IndexError)
@@ -93,7 +93,9 @@ class Inflation:
         ``read`` gives the eight bytes at an offset of its body.
         """
         if _EXPERIMENTAL in metadata:
-            raise BadRequest("The body of uploadArrow is compressed as Arrow 0.17 did; use a later.")
+            raise BadRequest(
+                "The body of uploadArrow is compressed as by Arrow 0.17; use a later one."
+            )
         message = Table.root(metadata)
         kind, header = message.number(1, "<B"), message.table(2)
         if header is None:
@@ -112,7 +114,8 @@ class Inflation:
         if size > self._limit:
             raise BadRequest(
                 f"A batch in the body of uploadArrow has {size} bytes when it is decompressed; at "
-                f"most {self._limit} are allowed ({_MOST_TIMES} times --max-message-size). Send smaller batches."
+                f"most {self._limit} are allowed ({_MOST_TIMES} times --max-message-size). "
+                "Send smaller batches."
             )
 
 
