@@ -172,11 +172,15 @@ def _print(report: Report) -> None:
     print(f"\n{report.name}: {sum(report.attacks.values())} hostile connections")
     for name in ATTACKS:
         print(f"  {name:20} {report.attacks[name]:7}  ended by the server: {report.refused[name]}")
-    print("  well-behaved: " + ", ".join(f"{count} {name}" for name, count in report.rounds.items()))
+    print(
+        "  well-behaved: " + ", ".join(f"{count} {name}" for name, count in report.rounds.items())
+    )
     if report.seconds:
         ordered = sorted(report.seconds)
         p50, p99 = (1000 * ordered[int(len(ordered) * part)] for part in (0.5, 0.99))
-        print(f"  small queries: p50 {p50:.1f} ms, p99 {p99:.0f} ms, max {1000 * ordered[-1]:.0f} ms")
+        print(
+            f"  small queries: p50 {p50:.1f} ms, p99 {p99:.0f} ms, max {1000 * ordered[-1]:.0f} ms"
+        )
     print("  pause   memory  of rooms  descriptors  threads")
     for number, held in enumerate(report.pauses):
         print(

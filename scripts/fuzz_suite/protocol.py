@@ -39,7 +39,11 @@ SEEDS: tuple[dict[str, Any], ...] = (
     {"type": "arrow", "sql": "select 1", "queryId": "q"},
     {"type": "json", "sql": "select 1 as a", "queryId": 7, "maxRows": 5, "persist": True},
     {"type": "exec", "sql": "create or replace table t(i int)", "queryId": "e", "session": "s"},
-    {"type": "arrow", "sql": "select ?", "params": [1, "a", None, {"$type": "DATE", "value": "2026-01-01"}]},
+    {
+        "type": "arrow",
+        "sql": "select ?",
+        "params": [1, "a", None, {"$type": "DATE", "value": "2026-01-01"}],
+    },
     {"type": "json", "sql": "select $a", "params": {"a": [1.5, {"b": True}]}, "timeoutMs": 1000},
     {"type": "arrow", "sql": "from range(10)", "stream": True, "window": 1000, "queryId": "w"},
     {"type": "arrow", "sql": "from range(9)", "format": ["arrow", "json"], "compression": "lz4"},
@@ -203,5 +207,3 @@ def _no_float(text: str) -> Any:
 
 def make() -> Protocol:
     return Protocol()
-
-

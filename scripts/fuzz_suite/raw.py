@@ -111,4 +111,3 @@ class Raw:
             linger = struct.pack("ii", 1, 0)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self._socket.close()
-

@@ -89,15 +89,21 @@ def columns() -> dict[str, list[tuple[pa.DataType, pa.Array]]]:
             ),
         ],
         "unions": [
-            (pa.int64(), pa.UnionArray.from_sparse(
-                pa.array([n % 2 for n in range(_ROWS)], pa.int8()),
-                [pa.array(range(_ROWS)), pa.array(["x"] * _ROWS)],
-            ))
+            (
+                pa.int64(),
+                pa.UnionArray.from_sparse(
+                    pa.array([n % 2 for n in range(_ROWS)], pa.int8()),
+                    [pa.array(range(_ROWS)), pa.array(["x"] * _ROWS)],
+                ),
+            )
         ],
         "runs": [
-            (pa.int64(), pa.RunEndEncodedArray.from_arrays(
-                pa.array([10, _ROWS], pa.int32()), pa.array([1, 2])
-            ))
+            (
+                pa.int64(),
+                pa.RunEndEncodedArray.from_arrays(
+                    pa.array([10, _ROWS], pa.int32()), pa.array([1, 2])
+                ),
+            )
         ],
     }
 

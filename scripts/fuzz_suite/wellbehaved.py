@@ -218,6 +218,6 @@ class Company:
                     await work(client, self.rounds[name])
                     self.rounds[name] += 1
         except Exception as error:  # whatever it is, a well-behaved client must not see it
-            self.failures.append(f"{name}, round {self.rounds[name]}: {type(error).__name__} {error}")
-
-
+            self.failures.append(
+                f"{name}, round {self.rounds[name]}: {type(error).__name__} {error}"
+            )

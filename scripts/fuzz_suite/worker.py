@@ -70,7 +70,9 @@ class Trial:
         self._current.set(b"")
 
     def _keep(self, data: bytes, error: Exception) -> None:
-        where = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+        where = [
+            f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)
+        ]
         place = f"{type(error).__name__} {' '.join(where[-3:])}"
         name = hashlib.sha256(place.encode()).hexdigest()[:8]
         if name in self._seen or (self._findings / name).exists():
