@@ -27,8 +27,8 @@ _PHASES = 8
 # a reader that does not answer pings.
 _PAUSE_SECONDS = 12.0
 
-# What memory may grow after the base. Allocators keep pages for later, and how many depends on which
-# attacks met: of readers that were stopped, each leaves up to 20 MiB behind until it is used again.
+# What memory may grow after the base. Allocators keep pages for later, and how many depends on
+# which attacks met: each reader that was stopped leaves up to 20 MiB until that is used again.
 _TOLERANCE_MIB = 96.0
 _TOLERANCE_SHARE = 0.25
 

@@ -7,8 +7,6 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-STRETCHED_BYTES = 256 << 10
-
 _NUMBERS = (
     0,
     1,
@@ -155,11 +153,11 @@ def of_text(text: str, chance: random.Random, parts: Sequence[str]) -> str:
             return text[:at] + chance.choice(parts) + text[at:]
 
 
-def stretched(data: bytes) -> bytes:
-    """The bytes after the first two, with a part that these choose repeated many times over."""
+def stretched(data: bytes, size: int) -> bytes:
+    """The bytes after the first two, with a part that these choose repeated up to ``size``."""
     if len(data) < 3:
         return data
     body = data[2:]
     first, last = sorted((data[0] * len(body) // 256, data[1] * len(body) // 256))
     part = body[first : last + 1]
-    return body[:first] + part * (STRETCHED_BYTES // len(part)) + body[last + 1 :]
+    return body[:first] + part * (size // len(part)) + body[last + 1 :]

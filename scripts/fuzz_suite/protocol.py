@@ -103,7 +103,7 @@ class Protocol:
             return
         kind, body = data[0] % 4, data[1:]
         if kind >= _LONG_TEXT:
-            body = mutation.stretched(body)
+            body = mutation.stretched(body, LIMITS.max_message_size + 1000)
         is_text = kind % 2 == _TEXT
         with in_linear_time(f"decoding {len(body)} bytes"):
             try:

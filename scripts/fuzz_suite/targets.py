@@ -11,7 +11,7 @@ from typing import Protocol
 
 NAMES = ("protocol", "uploads", "sql", "session")
 
-# For texts of at most 256 KiB. What grows with the square of their length takes minutes; what
+# For texts of at most 200 KB. What grows with the square of their length takes minutes; what
 # is instrumented takes ten times as long as it should.
 _MAX_CPU_SECONDS = 2.0
 

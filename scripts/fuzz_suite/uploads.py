@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
+
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.ipc import PushedStream
 from sqlrooms_server.db.uploads import TableWriter, write_table
