@@ -134,6 +134,11 @@ def growing_dictionary() -> bytes:
     return sink.getvalue()
 
 
+def small_streams() -> Iterator[bytes]:
+    for table in tables():
+        yield stream(table)
+
+
 class Uploads:
     max_size = 16 << 10
 

@@ -99,7 +99,7 @@ def main() -> None:
         target = load(arguments.target)
         trial = Trial(target, arguments.home)
         try_plainly(target, trial, arguments.seconds, arguments.runs, arguments.seed)
-        print(f"#{trial.executions} DONE", file=sys.stderr)
+        print(f"#{trial.executions} DONE", file=sys.stderr, flush=True)
     else:
         try_guided(arguments)
 
@@ -157,5 +157,13 @@ def try_guided(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONFAULTHANDLER", "1")
-    main()
+    status = 1
+    try:
+        main()
+        status = 0
+    except BaseException:  # told here, since the process ends below
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        # A server of the target has threads that would go on.
+        os._exit(status)
