@@ -55,10 +55,11 @@ async def tls_hello(port: int, chance: random.Random) -> None:
 
 
 async def slow_handshake(port: int, chance: random.Random) -> None:
-    """A handshake of a byte at a time."""
+    """A handshake of some bytes at a time, of one or of many."""
+    size = chance.choice((1, 10, 40))
     async with Raw(port) as raw:
-        for byte in UPGRADE[: chance.randrange(5, 30)]:
-            await raw.send(bytes((byte,)))
+        for start in range(0, min(len(UPGRADE), 20 * size), size):
+            await raw.send(UPGRADE[start : start + size])
             await asyncio.sleep(0.1)
 
 

@@ -20,7 +20,7 @@ _STOP_SECONDS = 30.0
 # Deadlines are short, so that what is left behind by a client is given up within seconds.
 OPTIONS = (
     *("--max-message-size", "4MiB", "--max-queued-bytes", "4MiB", "--idle-timeout", "8"),
-    *("--stream-idle-timeout", "2", "--session-idle-timeout", "5", "--room-idle-timeout", "1"),
+    *("--stream-idle-timeout", "5", "--session-idle-timeout", "10", "--room-idle-timeout", "1"),
     *("--memory-limit", "1GB", "--threads", "2", "--sync"),
 )
 
