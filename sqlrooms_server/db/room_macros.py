@@ -23,7 +23,7 @@ _CALL = re.compile(r"\brooms?\s*\(", re.IGNORECASE)
 _CALL_OR_LITERAL = re.compile(
     rf"""
     (?<![\w.])(?P<function>rooms?)\s*\(\s*
-        (?: (?P<name>'(?:[^']|'')*')\s*\) | (?P<parameter>[?$]\w*)\s*\) | )
+        (?: (?P<name>'[^']*(?:''[^']*){{0,255}}')\s*\) | (?P<parameter>[?$]\w*)\s*\) | )
     | {LITERAL_OR_COMMENT.replace(chr(92) + "1", chr(92) + "4")}
     """,
     re.VERBOSE | re.DOTALL | re.IGNORECASE,
