@@ -22,7 +22,7 @@ from websockets.exceptions import InvalidStatus
 from sqlrooms_server.db.inflation import Table
 from sqlrooms_server.transport import Proxies
 from sqlrooms_server.transport.sockets import SocketLimits, Sockets
-from tests.conftest import LocalServer, ServerProcess
+from tests.conftest import LocalServer, ServerProcess, started
 from tests.recorder import LIMITS, Recorder
 from tests.wire import DEADLINE, Wire, framed, ipc
 
@@ -162,7 +162,7 @@ def test_without_descriptors_new_clients_still_come_in(
     serve: Callable[..., ServerProcess],
 ) -> None:
     command = f"ulimit -n 64; exec {shlex.quote(sys.executable)} -m sqlrooms_server --port 0"
-    server = ServerProcess((), {}, ("bash", "-c", command))
+    server = serve(start=lambda *_: started(command=("bash", "-c", command)))
     process = psutil.Process(server.pid)
     with ExitStack() as stack:
         early = stack.enter_context(server.connect())
