@@ -79,7 +79,8 @@ def wanted_rooms(sql: str, params: Params | None) -> Wanted | None:
     """What ``sql`` asks about rooms; None for nothing."""
     if _CALL.search(sql) is None:
         return None
-    functions, names, texts = set(), set(), set()
+    functions, names = set(), set()
+    texts: set[str] = set()
     is_all = False
     for match in _CALL_OR_LITERAL.finditer(sql):
         function = match["function"]
