@@ -69,8 +69,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 def select(place: Place) -> Iterator[LocalServer]:
     """Clients may read; so they may a directory, and rooms."""
     path = made(place.root / "select.duckdb")
-    settings = {"sandbox": "select", "allow_dir": (str(place.open),), "sync": True}
-    with running(place.root / "select", db_path=path, **settings) as local:
+    settings = {"sandbox": "select", "allow_dir": (str(place.open),), "extensions": ("json",)}
+    with running(place.root / "select", db_path=path, sync=True, **settings) as local:
         yield local
     # Its file is none the worse.
     with duckdb.connect(path) as connection:

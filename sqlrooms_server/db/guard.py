@@ -70,6 +70,13 @@ _INSTEAD = {
     "checkpoint": "the server checkpoints by itself",
 }
 
+# Statements that are looked at in a way of their own, and what DuckDB calls them.
+_KINDS_BY_WORD = {
+    "pragma": ("PRAGMA", "SELECT"),
+    "use": ("SET",),
+    **dict.fromkeys(_DESCRIPTIONS, ("SELECT",)),
+}
+
 _EXPLAIN_OPTIONS = frozenset("analyze analyse format verbose".split())
 
 _PLAIN_NODES = frozenset({"SAMPLE", "TRANSACTION", "SET", "RESET", "VACUUM"})
@@ -356,6 +363,8 @@ class _Check:
         is_several = len(kinds) > 1 or kinds == ("MULTI",)
         kind = _kind_of("MULTI" if is_several else kinds[0], opening)
         self._kind(kind)
+        if not is_several and kinds[0] not in _KINDS_BY_WORD.get(opening[0], kinds):
+            self._refuse("This text", "DuckDB takes it for something else than its first word says")
         if kind == "SELECT":
             self._inner_kinds(sql)
         if kind == "EXPLAIN":
