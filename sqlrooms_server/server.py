@@ -50,6 +50,7 @@ from sqlrooms_server.transport import (
     Refusal,
     Transport,
     TransportLimits,
+    UnixSocket,
 )
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,9 @@ class Server:
                 max_waiting=settings.max_http_connections,
             ),
             certificate=self._certificate,
+            unix_socket=UnixSocket(settings.unix_socket, int(settings.unix_socket_mode, 8))
+            if settings.unix_socket
+            else None,
             proxies=Proxies(settings.trusted_proxy, settings.proxy_headers),
         )
         self._health = Health(settings, self._transport.post)
@@ -163,7 +167,7 @@ class Server:
     def _check_exposure(self) -> None:
         """What other machines can reach needs a token, and should have TLS."""
         host = self.settings.host
-        if is_loopback(host):
+        if self.settings.unix_socket or is_loopback(host):
             return
         if not self._access.needs_token:
             if not self.settings.insecure_no_auth:
