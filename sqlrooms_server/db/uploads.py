@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from sqlrooms_server.db.cursor import CHANGES_STAND, Cursor
 from sqlrooms_server.db.engine import Engine
-from sqlrooms_server.db.ipc import STREAM_ERRORS, broken, numbered
+from sqlrooms_server.db.ipc import READ_OPTIONS, STREAM_ERRORS, broken, numbered
 from sqlrooms_server.db.statements import quote_identifier
 from sqlrooms_server.errors import Conflict
 from sqlrooms_server.messages import UploadMode
@@ -169,7 +169,8 @@ class _Source:
         self.failure: Exception | None = None
         try:
             # The body stands behind a header of any length; Arrow data must be aligned.
-            self._stream = pa.ipc.open_stream(pa.py_buffer(bytes(body)))
+            source = pa.py_buffer(bytes(body))
+            self._stream = pa.ipc.open_stream(source, options=READ_OPTIONS)
             self._schema = numbered(self._stream.schema)
         except STREAM_ERRORS as error:
             raise broken(error) from error
