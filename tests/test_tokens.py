@@ -7,7 +7,9 @@ import datetime
 import hashlib
 import hmac
 import io
+import itertools
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -20,7 +22,12 @@ import duckdb
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 
 from sqlrooms_server import token_command
 from sqlrooms_server.access import Access
@@ -85,13 +92,24 @@ ENTRY = f'[tokens.ada]\nrole = "admin"\nhash = "{digest("t")}"\n'
         ("[proxy]\nuser_header = 'x-user'\nrole = 'r'", "names the role 'r'"),
         ("[[tokens]]", "must be tables"),
         ("=", "is not valid TOML"),
+        ("a = " + 5000 * "1", "is not valid TOML"),
+        ("a = " + 100_000 * "[", "is not valid TOML"),
+        ("#" * (17 << 20), "has more than 16777216 bytes"),
     ],
+    # Not the texts, some of which are long.
+    ids=itertools.count(),
 )
 def test_mistakes_are_named(write: Callable[[str], Path], text: str, problem: str) -> None:
     path = write(text)
     with pytest.raises(StartupError) as raised:
         read_token_file(path)
     assert problem.format(path=path) in str(raised.value)
+
+
+def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StartupError, match="is no regular file"):
+        read_token_file(tmp_path / "pipe")
 
 
 def test_a_role_allows_what_it_names_and_otherwise_reads(write: Callable[[str], Path]) -> None:
@@ -282,10 +300,11 @@ def test_signed_tokens_with_a_key_set(
     ("kind", "content", "problem"),
     [
         ("secret_file", "short", "has 5 bytes; a secret needs at least 32"),
-        ("public_key_file", "no key", "holds no RSA key"),
-        ("jwks_file", "no json", "holds no RSA key"),
-        ("jwks_file", '{"keys": []}', "holds no RSA key"),
-        ("jwks_file", "[]", "holds no RSA key"),
+        ("secret_file", "-----BEGIN PUBLIC KEY-----\n" + SECRET, "holds a key as PEM"),
+        ("public_key_file", "no key", "holds no public RSA key"),
+        ("jwks_file", "no json", "holds no public RSA key"),
+        ("jwks_file", '{"keys": []}', "holds no public RSA key"),
+        ("jwks_file", "[]", "holds no public RSA key"),
     ],
 )
 def test_keys_that_are_none(
@@ -294,6 +313,29 @@ def test_keys_that_are_none(
     (tmp_path / "key").write_text(content)
     with pytest.raises(StartupError, match=problem):
         read_token_file(write(f'[jwt]\n{kind} = "key"\n'))
+
+
+def test_keys_that_check_no_signatures(
+    write: Callable[[str], Path], tmp_path: Path, keys: list[rsa.RSAPrivateKey]
+) -> None:
+    private = keys[0].private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    # Made by openssl: the library warns of keys so small.
+    small = """-----BEGIN PUBLIC KEY-----
+MIGfMA0GCSqGSIb3DQEBAQUAA4GNADCBiQKBgQC3j8UKptUZ/l2i4kKmCH1JPP95
+IwL7LleaMdEr1p32cbxt3OsJgu/RDHem7xvu7Jjo6a9X1o4YHGipyaGC14lpsdGI
+qrnPODUr0PC0s1qEPBG7KugyJ3L84NpbmBz8/uTGx5SyHBXca+XK6DxWQZ1rsAX2
+/CPbZM1oZeZH/5/r0wIDAQAB
+-----END PUBLIC KEY-----
+"""
+    entry = {**json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(keys[0])), "kid": "k"}
+    for kind, content, problem in (
+        ("public_key_file", private.decode(), "it is a private key"),
+        ("jwks_file", json.dumps({"keys": [entry]}), "it is a private key"),
+        ("public_key_file", small, "it has 1024 bits"),
+    ):
+        (tmp_path / "key").write_text(content)
+        with pytest.raises(StartupError, match=problem):
+            read_token_file(write(f'[jwt]\n{kind} = "key"\n'))
 
 
 def test_users_of_a_trusted_proxy(write: Callable[[str], Path]) -> None:

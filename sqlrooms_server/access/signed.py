@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sqlrooms_server.access.key_files import read_key_file
 from sqlrooms_server.access.roles import Identity, Role
 from sqlrooms_server.errors import StartupError
 
@@ -15,6 +16,9 @@ SIGNED = "signed token"
 
 # RFC 7518, section 3.2: a key of HS256 has at least as many bits as its hash.
 _MIN_SECRET_BYTES = 32
+
+# RFC 7518, section 3.3: keys of RS256 have at least so many.
+_MIN_RSA_BITS = 2048
 
 # Seconds by which clocks may differ.
 _LEEWAY = 30
@@ -95,10 +99,7 @@ def open_signed_tokens(
             "Signed tokens ([jwt] in the token file) need the package PyJWT, which is not "
             "installed: pip install 'sqlrooms-server[jwt]'."
         ) from error
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StartupError(f"Cannot read the {kind} {path}: {error.strerror}.") from error
+    data = read_key_file(path, kind)
     if kind == "secret_file":
         algorithm, find_key = "HS256", _secret(data.strip(), path)
     else:
@@ -106,7 +107,7 @@ def open_signed_tokens(
         try:
             find_key = _public_key(data) if kind == "public_key_file" else _key_set(data)
         except (jwt.PyJWTError, *_MALFORMED) as error:
-            raise StartupError(f"The {kind} {path} holds no RSA key: {error}.") from error
+            raise StartupError(f"The {kind} {path} holds no public RSA key: {error}.") from error
     return SignedTokens(
         algorithm, find_key, issuer, audience, user_claim, role_claim, default_role, roles
     )
@@ -118,14 +119,30 @@ def _secret(secret: bytes, path: Path) -> _FindKey:
             f"The secret_file {path} has {len(secret)} bytes; a secret needs at least "
             f"{_MIN_SECRET_BYTES} random ones: openssl rand -hex 32."
         )
+    if secret.startswith(b"-----BEGIN "):
+        # What can be read by everybody is no secret, and PyJWT takes no such key.
+        raise StartupError(f"The secret_file {path} holds a key as PEM; it needs random bytes.")
     return lambda header: secret
 
 
 def _public_key(data: bytes) -> _FindKey:
+    from cryptography.exceptions import UnsupportedAlgorithm
     from jwt.algorithms import RSAAlgorithm
 
-    key = RSAAlgorithm(RSAAlgorithm.SHA256).prepare_key(data)
+    try:
+        key = _checked(RSAAlgorithm(RSAAlgorithm.SHA256).prepare_key(data))
+    except UnsupportedAlgorithm as error:
+        raise ValueError(str(error)) from error
     return lambda header: key
+
+
+def _checked(key: Any) -> Any:
+    """``key``, an RSA key that is good for checking signatures. Raises ``ValueError``."""
+    if not hasattr(key, "verify"):
+        raise ValueError("it is a private key, which belongs to the program that signs")
+    if key.key_size < _MIN_RSA_BITS:
+        raise ValueError(f"it has {key.key_size} bits; {_MIN_RSA_BITS} are needed")
+    return key
 
 
 def _key_set(data: bytes) -> _FindKey:
@@ -133,7 +150,7 @@ def _key_set(data: bytes) -> _FindKey:
     import jwt
 
     keys = {
-        key.key_id: key.key
+        key.key_id: _checked(key.key)
         for key in jwt.PyJWKSet.from_dict(json.loads(data)).keys
         if key.key_type == "RSA" and key.public_key_use in (None, "sig")
     }

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sqlrooms_server.access.key_files import read_key_file
 from sqlrooms_server.access.roles import ADMIN, Names, Role
 from sqlrooms_server.access.signed import SignedTokens, open_signed_tokens
 from sqlrooms_server.db.policy import KINDS, Policy
 from sqlrooms_server.errors import StartupError
-from sqlrooms_server.settings import read_toml
+from sqlrooms_server.settings import parse_toml
 
 HASH_PREFIX = "sha256:"
 _HASH = re.compile(rf"{HASH_PREFIX}[0-9a-f]{{64}}")
@@ -57,7 +58,8 @@ class TokenFile:
 
 def read_token_file(path: Path) -> TokenFile:
     """The contents of ``path``. Raises ``StartupError``."""
-    table = _Table(read_toml(path, "token file"), "", path)
+    what = "token file"
+    table = _Table(parse_toml(read_key_file(path, what), path, what), "", path)
     roles = {"admin": ADMIN}
     for name, entry in table.tables("roles"):
         if name in roles:
