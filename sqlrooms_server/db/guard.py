@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import duckdb
 
 from sqlrooms_server.db import words
+from sqlrooms_server.db.effects import has_changing_word
 from sqlrooms_server.db.functions import CHANGING, FILE_READERS, GENERATORS, METADATA, is_harmless
 from sqlrooms_server.db.paths import Directories
 from sqlrooms_server.db.plans import MAX_PLANNED_LENGTH, Plan, Unplannable, plan_of
@@ -26,6 +27,9 @@ from sqlrooms_server.errors import Forbidden, QueryError
 
 _MEMO_ENTRIES = 1024
 _MEMO_TEXT_LENGTH = 16 << 10
+
+# Each takes DuckDB 25 ms to find.
+_MAX_MACROS = 100
 
 _PIVOTS = frozenset("pivot pivot_wider pivot_longer unpivot".split())
 _QUERIES = frozenset("select from with values table".split()) | _PIVOTS
@@ -64,6 +68,13 @@ _INSTEAD = {
     "reset": "only RESET VARIABLE is open",
     "call": "use SELECT * FROM the function, if that is open",
     "checkpoint": "the server checkpoints by itself",
+}
+
+# Statements that are looked at in a way of their own, and what DuckDB calls them.
+_KINDS_BY_WORD = {
+    "pragma": ("PRAGMA", "SELECT"),
+    "use": ("SET",),
+    **dict.fromkeys(_DESCRIPTIONS, ("SELECT",)),
 }
 
 _EXPLAIN_OPTIONS = frozenset("analyze analyse format verbose".split())
@@ -172,6 +183,7 @@ class _Check:
         self._guard = guard
         self._native = native
         self._policy = policy
+        self._macros: set[str] = set()
         # Otherwise only kinds and extensions matter.
         self._is_closed = policy.is_inside or policy.read_only
         self._reads_files = not policy.is_inside or (
@@ -189,14 +201,16 @@ class _Check:
         statements = self._guard._classifier.classify(self._native, sql)
         if statements.kinds is None:
             self._unparsed(sql)
-        if len(list(words.openings(tokens))) > 1:
-            if "" in statements.texts:
-                self._refuse(
-                    "This text", "one of its statements can only be checked when it is sent alone"
-                )
+        if statements.is_several:
+            # Step 3, and of step 1 what takes the catalog, come when those before it have run.
             for kind, text in zip(statements.kinds, statements.texts, strict=True):
                 self._kind(_kind_of(kind, next(words.openings(self._tokens(text)), [""])))
         elif statements.kinds:
+            if len(list(words.openings(tokens))) > 1:
+                self._refuse("This text", "one of its statements must be sent alone to be checked")
+            if self._is_closed:
+                self._calls(tokens)
+                self._file_names(tokens)
             self._statement(statements.kinds, sql, tokens)
         return statements
 
@@ -212,9 +226,6 @@ class _Check:
             self._refuse("This text", str(error))
         for opening in words.openings(tokens):
             self._opening(opening)
-        if self._is_closed:
-            self._calls(tokens)
-            self._file_names(tokens)
         return tokens
 
     def _opening(self, opening: list[str]) -> None:
@@ -264,10 +275,8 @@ class _Check:
                     self._refuse(f"{name}()", "what it reads must be a text, or a list of texts")
                 for path in paths:
                     self._path(path)
-        for i, token in enumerate(tokens[1:]):
-            if token.kind == "keyword" and token.text in ("describe", "desc", "show"):
-                if tokens[i].is_sign("("):
-                    self._refuse(f"{token.text.upper()} in brackets", "it cannot be checked there")
+        if words.has_inner_description(tokens):
+            self._refuse("DESCRIBE in a statement", "it can be checked alone only")
 
     def _may_call(self, name: str) -> bool:
         if is_harmless(name) or name in GENERATORS or self._guard.has_function(name):
@@ -278,13 +287,32 @@ class _Check:
             return self._policy.schemas is None
         if name in FILE_READERS:
             return self._reads_files
-        # What a macro does is in the plan of its call.
+        if name in self._macros:
+            # It was, or is being, looked into.
+            return True
+        self._macros.add(name)
+        if len(self._macros) > _MAX_MACROS:
+            self._refuse("This statement", f"it calls more than {_MAX_MACROS} macros")
+        # What a macro does is in the plan of its call, but a plan may open a file that the client
+        # has named.
         found = self._native.execute(
-            "SELECT 1 FROM duckdb_functions() WHERE lower(function_name) = ? "
-            "AND function_type IN ('macro', 'table_macro') AND NOT internal LIMIT 1",
+            "SELECT macro_definition FROM duckdb_functions() WHERE lower(function_name) = ? "
+            "AND function_type IN ('macro', 'table_macro') AND NOT internal",
             [name],
         ).fetchall()
-        return bool(found)
+        return bool(found) and all(self._may_define(text) for (text,) in found)
+
+    def _may_define(self, definition: str) -> bool:
+        try:
+            tokens = words.tokens_of(definition)
+        except words.Unreadable:
+            return False
+        names = {name for name, _ in words.calls(tokens)}
+        if self._policy.is_inside and (
+            names & FILE_READERS or next(words.file_names(tokens), None) is not None
+        ):
+            return False
+        return all(self._may_call(name) for name in names)
 
     def _file_names(self, tokens: list[Token]) -> None:
         if not self._policy.is_inside:
@@ -306,6 +334,18 @@ class _Check:
         if kinds is not None and kind not in kinds:
             self._refuse(f"A statement of kind {kind}", f"allowed kinds are {_listed(kinds)}")
 
+    def _inner_kinds(self, sql: str) -> None:
+        """A SELECT of 2.x may insert in a WITH."""
+        if self._policy.kinds is None:
+            return
+        try:
+            changes = bool(plan_of(self._native, sql).writes)
+        except Unplannable:
+            changes = has_changing_word(sql)
+        if changes:
+            for kind in ("INSERT", "UPDATE", "DELETE", "MERGE_INTO"):
+                self._kind(kind)
+
     def _unparsed(self, sql: str) -> NoReturn:
         try:
             self._native.extract_statements(sql)
@@ -323,6 +363,10 @@ class _Check:
         is_several = len(kinds) > 1 or kinds == ("MULTI",)
         kind = _kind_of("MULTI" if is_several else kinds[0], opening)
         self._kind(kind)
+        if not is_several and kinds[0] not in _KINDS_BY_WORD.get(opening[0], kinds):
+            self._refuse("This text", "DuckDB takes it for something else than its first word says")
+        if kind == "SELECT":
+            self._inner_kinds(sql)
         if kind == "EXPLAIN":
             self._explained(sql, tokens)
         elif not self._is_closed or kind in ("TRANSACTION", "PRAGMA"):
@@ -358,12 +402,17 @@ class _Check:
 
     def _used(self, sql: str, tokens: list[Token]) -> None:
         self._planned(sql)
-        name = tokens[1].text
+        if self._is_outside(tokens[1].text):
+            self._refuse(f"USE {tokens[1].text}", "it is another database")
+
+    def _is_outside(self, name: str) -> bool:
+        """Whether ``name`` is a database that is out of bounds."""
+        if not self._policy.is_inside or name in self._guard._catalogs:
+            return False
         found = self._native.execute(
             "SELECT 1 FROM duckdb_databases() WHERE lower(database_name) = ?", [name]
         ).fetchall()
-        if self._policy.is_inside and found and name not in self._guard._catalogs:
-            self._refuse(f"USE {name}", "it is another database")
+        return bool(found)
 
     def _several(self, opening: list[str], sql: str, tokens: list[Token]) -> None:
         if opening[0] == "alter" and not self._policy.read_only:
@@ -448,18 +497,17 @@ class _Check:
             self._planned(sql)
 
     def _target(self, target: tuple[str, ...]) -> None:
-        if len(target) > 1 and target[0].lower() in self._guard._catalogs | {"temp"}:
+        first = target[0].lower()
+        if len(target) > 2 or first in self._guard._catalogs:
             self._guard.check_table(target, self._policy, "Changing")
-        elif self._policy.schemas is not None and not (
-            # Without a database: a schema, or something that is not there.
-            target and target[0].lower() in self._policy.schemas
-        ):
+        elif self._is_outside(first):
+            self._refuse("Changing " + ".".join(target), "it is in another database")
+        elif self._policy.schemas is not None and first not in self._policy.schemas:
+            # A schema, or something that is not there.
             self._refuse(
                 "Changing " + ".".join(target),
                 f"open are the schemas {_listed(self._policy.schemas)}; write schema.name",
             )
-        elif len(target) > 2:
-            self._guard.check_table(target, self._policy, "Changing")
 
 
 def _refuse(policy: Policy, what: str, why: str) -> NoReturn:
@@ -476,7 +524,7 @@ def _kind_of(kind: str, opening: list[str]) -> str:
     if opening[0] == "pragma":
         return "PRAGMA"
     if kind == "MULTI":
-        return "ALTER" if opening[0] == "alter" else "SELECT"
+        return "SELECT" if opening[0] in _QUERIES else opening[0].upper()
     return kind
 
 
@@ -518,9 +566,9 @@ def _without_parameters(native: duckdb.DuckDBPyConnection, sql: str) -> str | No
             "SELECT json_deserialize_sql($1)", [json.dumps(replaced)]
         ).fetchall()[0][0]
         again = native.execute("SELECT json_serialize_sql($1)", [text]).fetchall()[0][0]
-    except (duckdb.Error, ValueError, KeyError):
+        return text if _bare(json.loads(again)) == _bare(replaced) else None
+    except (duckdb.Error, ValueError, KeyError, RecursionError):
         return None
-    return text if _bare(json.loads(again)) == _bare(replaced) else None
 
 
 def _replaced(tree: Any, constant: Any) -> Any:

@@ -47,6 +47,13 @@ _CONSISTENT = frozenset({"error", "__cast"})
 
 _CALLS = ("BOUND_FUNCTION", "BOUND_AGGREGATE", "BOUND_WINDOW")
 
+# The parts of expressions that call nothing by themselves.
+_EXPRESSIONS = frozenset(
+    "BOUND_BETWEEN BOUND_CASE BOUND_CAST BOUND_COLUMN_REF BOUND_COMPARISON BOUND_CONJUNCTION "
+    "BOUND_CONSTANT BOUND_DEFAULT BOUND_EXPANDED BOUND_LAMBDA BOUND_LAMBDA_REF BOUND_OPERATOR "
+    "BOUND_PARAMETER BOUND_REF BOUND_SUBQUERY BOUND_UNNEST".split()
+)
+
 # How a plan numbers the column rowid.
 _ROW_ID = (1 << 64) - 1
 
@@ -118,14 +125,17 @@ def _collect(value: Any, plan: Plan) -> None:
             kind = value.get("type")
             if isinstance(kind, str) and kind.startswith("LOGICAL_"):
                 _collect_node(kind.removeprefix("LOGICAL_"), value, plan)
-            if value.get("expression_class") in _CALLS:
+            expression = value.get("expression_class")
+            if expression in _CALLS:
                 name = _function_name(value)
                 # Window functions such as row_number() have none.
-                if name:
+                if name or expression != "BOUND_WINDOW":
                     plan.functions.add(name)
                 source = (value.get("function_data") or {}).get("sequence_create_info")
                 if source:
                     plan.sequences.append(_named(source))
+            elif expression is not None and expression not in _EXPRESSIONS:
+                plan.nodes.add(str(expression))
             elif "function_name" in value:
                 plan.calls.add(str(value["function_name"]).lower())
             waiting.extend(value.values())

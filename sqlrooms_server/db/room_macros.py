@@ -23,7 +23,7 @@ _CALL = re.compile(r"\brooms?\s*\(", re.IGNORECASE)
 _CALL_OR_LITERAL = re.compile(
     rf"""
     (?<![\w.])(?P<function>rooms?)\s*\(\s*
-        (?: (?P<name>'(?:[^']|'')*')\s*\) | (?P<parameter>[?$]\w*)\s*\) | )
+        (?: (?P<name>'[^']*(?:''[^']*){{0,255}}')\s*\) | (?P<parameter>[?$]\w*)\s*\) | )
     | {LITERAL_OR_COMMENT.replace(chr(92) + "1", chr(92) + "4")}
     """,
     re.VERBOSE | re.DOTALL | re.IGNORECASE,
@@ -55,10 +55,14 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a text asks about rooms: those of ``names``, or ``all`` when the names are not told."""
+    """What a text asks about rooms: those of ``names``, or ``all`` when the names are not told.
+
+    ``texts`` are parameters of which some may be names, too.
+    """
 
     functions: frozenset[str]
     names: frozenset[str] = frozenset()
+    texts: frozenset[str] = frozenset()
     all: bool = False
 
 
@@ -75,7 +79,9 @@ def wanted_rooms(sql: str, params: Params | None) -> Wanted | None:
     """What ``sql`` asks about rooms; None for nothing."""
     if _CALL.search(sql) is None:
         return None
-    functions, names = set(), set()
+    functions: set[str] = set()
+    names: set[str] = set()
+    texts: set[str] = set()
     is_all = False
     for match in _CALL_OR_LITERAL.finditer(sql):
         function = match["function"]
@@ -88,10 +94,14 @@ def wanted_rooms(sql: str, params: Params | None) -> Wanted | None:
             names.add(match["name"][1:-1].replace("''", "'"))
         elif match["parameter"] is not None:
             # Which of them it is matters little.
-            names.update(_texts(params))
+            texts.update(_texts(params))
         else:
             is_all = True
-    return Wanted(frozenset(functions), frozenset(names), is_all) if functions else None
+    if not functions:
+        return None
+    if len(texts) == 1:
+        names, texts = names | texts, set()
+    return Wanted(frozenset(functions), frozenset(names), frozenset(texts), is_all)
 
 
 def _texts(params: Params | None) -> Iterable[str]:

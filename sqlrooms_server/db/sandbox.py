@@ -13,15 +13,27 @@ from dataclasses import dataclass, field
 
 import duckdb
 
+from sqlrooms_server.cache.directory import Place
 from sqlrooms_server.db import files
 from sqlrooms_server.db.paths import Directories
 from sqlrooms_server.db.policy import UNRESTRICTED, Policy
 from sqlrooms_server.db.statements import quote_literal
 from sqlrooms_server.errors import StartupError
-from sqlrooms_server.settings import Settings
+from sqlrooms_server.settings import Settings, flag
 
 # Settings of a cursor that the server changes when a client asks for progress.
 _OWN_SETTINGS = ("enable_progress_bar", "enable_progress_bar_print")
+
+# Settings that name files which are nobody's business.
+_PRIVATE = (
+    "rooms_db",
+    "meta_db",
+    "temp_directory",
+    "auth_token_file",
+    "tokens",
+    "tls_cert",
+    "tls_key",
+)
 
 
 def base_policy(settings: Settings) -> Policy:
@@ -54,11 +66,8 @@ class Sandbox:
         directories = Directories(settings.allow_dir)
         private = {
             "the database": settings.db_path,
-            "the file of the rooms": settings.rooms_db,
-            "the file of the meta tables": settings.meta_db,
-            "the cache": settings.cache_dir,
-            "the token file": settings.auth_token_file,
-            "the temporary directory": settings.temp_directory,
+            "the cache": "" if settings.no_cache else Place(settings.cache_dir, "").parent,
+            **{f"the file of {flag(name)}": getattr(settings, name) for name in _PRIVATE},
         }
         for name, path in private.items():
             if path and path != files.MEMORY:

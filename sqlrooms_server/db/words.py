@@ -21,7 +21,7 @@ _STRING = re.compile(r"(?:[eExXbB]|[uU]&)?'|\$")
 
 # Words after which a table, view or function is named, of which the columns stand in brackets.
 _NAMING = frozenset(
-    "into table view exists references on as macro function index with recursive".split()
+    "into table view exists references on macro function index with recursive".split()
 )
 # Words after which tables are named, with commas between them.
 _TABLES_FOLLOW = frozenset(
@@ -33,6 +33,8 @@ _TABLES_END = frozenset(
     "where group order select set values having qualify window limit offset returning on when "
     "union except intersect as by sample".split()
 )
+# Words that begin what can be described.
+_QUERIES = frozenset("select from with values table pivot unpivot describe show all tables".split())
 # Calls with FROM in their brackets.
 _FROM_INSIDE = frozenset("extract trim substring overlay".split())
 # Keywords that are functions, too.
@@ -123,44 +125,52 @@ def openings(tokens: Sequence[Token]) -> Iterator[list[str]]:
 
 def calls(tokens: Sequence[Token]) -> Iterator[tuple[str, int]]:
     """The names in lower case of what may be called, and where their brackets open."""
+    closings = _closings(tokens)
+    makes_macro = any(token.text in ("macro", "function") for token in tokens)
     for i, token in enumerate(tokens[:-1]):
         if not tokens[i + 1].is_sign("("):
             continue
         if token.is_name or token.text in _KEYWORD_FUNCTIONS:
-            if not _is_named_there(tokens, i):
-                yield token.text, i + 1
+            before = _before_name(tokens, i)
+            if before is not None:
+                if before.kind == "keyword" and before.text == "as" and not makes_macro:
+                    continue
+                if before.kind == "keyword" and before.text in _NAMING:
+                    continue
+                # An alias, or a type.
+                if before.is_name or before.is_sign(")") or before.text == "::":
+                    continue
+                if before.is_sign(",") and _is_in_with(tokens, closings.get(i + 1)):
+                    continue
+            yield token.text, i + 1
 
 
-def _is_named_there(tokens: Sequence[Token], i: int) -> bool:
-    """Whether the token ``i`` before a bracket names something new, or a list of columns."""
+def _closings(tokens: Sequence[Token]) -> dict[int, int]:
+    """Where each round bracket that is closed closes."""
+    closings = {}
+    opened = []
+    for i, token in enumerate(tokens):
+        if token.is_sign("("):
+            opened.append(i)
+        elif token.is_sign(")") and opened:
+            closings[opened.pop()] = i
+    return closings
+
+
+def _before_name(tokens: Sequence[Token], i: int) -> Token | None:
+    """What stands before the name, perhaps a qualified one, that ends at ``i``."""
     while i >= 2 and tokens[i - 1].is_sign(".") and tokens[i - 2].kind != "operator":
         i -= 2
-    if not i:
+    return tokens[i - 1] if i else None
+
+
+def _is_in_with(tokens: Sequence[Token], closing: int | None) -> bool:
+    """Whether ``AS (`` stands behind the bracket, as in ``WITH x (…) AS (…), name (…) AS (…)``."""
+    if closing is None:
         return False
-    before = tokens[i - 1]
-    if before.kind == "keyword":
-        if before.text == "as":
-            return not _makes_macro(tokens)
-        return before.text in _NAMING
-    if before.is_name or before.is_sign(")") or before.text == "::":
-        return True
-    return before.is_sign(",") and _is_in_with(tokens, i)
-
-
-def _makes_macro(tokens: Sequence[Token]) -> bool:
-    return any(token.text in ("macro", "function") for token in tokens)
-
-
-def _is_in_with(tokens: Sequence[Token], i: int) -> bool:
-    """Whether ``name (…) AS (`` stands at ``i``, as in a list of WITH."""
-    depth = 0
-    for j in range(i + 1, len(tokens)):
-        depth += tokens[j].is_sign("(") - tokens[j].is_sign(")")
-        if not depth:
-            after = [token for token in tokens[j + 1 : j + 5] if token.kind != "quoted"]
-            words = " ".join(token.text for token in after)
-            return re.match(r"as (?:(?:not )?materialized )?\(", words) is not None
-    return False
+    after = [token for token in tokens[closing + 1 : closing + 5] if token.kind != "quoted"]
+    text = " ".join(token.text for token in after)
+    return re.match(r"as (?:(?:not )?materialized )?\(", text) is not None
 
 
 def file_names(tokens: Sequence[Token]) -> Iterator[str]:
@@ -200,6 +210,24 @@ def file_names(tokens: Sequence[Token]) -> Iterator[str]:
             is_next = False
             continue
         i += 1
+
+
+def has_inner_description(tokens: Sequence[Token]) -> bool:
+    """Whether something is described or shown inside of a statement. DESC also orders rows."""
+    for i in range(1, len(tokens)):
+        token = tokens[i]
+        if token.kind != "keyword" or token.text not in ("describe", "desc", "show"):
+            continue
+        after = tokens[i + 1] if i + 1 < len(tokens) else None
+        is_described = after is not None and (
+            after.is_name or after.kind == "string" or after.is_sign("(") or after.text in _QUERIES
+        )
+        is_outermost = tokens[i - 1].text in ("explain", "analyze", ";") or (
+            tokens[0].text == "explain" and tokens[i - 1].is_sign(")")
+        )
+        if is_described and not is_outermost and not tokens[i - 1].is_sign("."):
+            return True
+    return False
 
 
 def _dotted(tokens: Sequence[Token], i: int) -> tuple[str, int]:

@@ -37,7 +37,7 @@ class RoomReader:
         listed = [room for room in self._store.rooms() if room[0] in readable]
         if "rooms" in wanted.functions:
             tables.listed = [(name, size, updated) for name, updated, size in listed]
-        names = [name for name, _, _ in listed if wanted.all or name in wanted.names]
+        names = [name for name, _, _ in listed if wanted.all or name in wanted.names | wanted.texts]
         if wanted.all and len(names) > _MAX_ROOMS:
             raise BadRequest(
                 f"room() with a name that is neither a text nor a parameter would read all "
