@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from sqlrooms_server.access import EVERYBODY, Access, Identity
 from sqlrooms_server.access.failures import Failures
+from sqlrooms_server.access.strangers import Strangers
 from sqlrooms_server.access.token_file import TokenFile
 from sqlrooms_server.errors import Busy, ServerError, StartupError, Unauthorized
 from sqlrooms_server.messages import (
@@ -35,6 +36,9 @@ _MAX_AUTH_BYTES = 16 << 10
 _AUTH_ACK = encode({"type": "authAck"})
 
 _CLOSE_SECONDS = 2.0
+
+# How often it is looked whether a token has expired, besides when it should have.
+_LOOK_SECONDS = 60.0
 
 # RFC 6455, section 7.4, and its registry: "Policy Violation", and "Service Restart", after which
 # clients come back.
@@ -69,7 +73,7 @@ class Gate:
         self._post = post
         self._failures = Failures(settings.max_auth_failures)
         # Those that are connected and have not said who they are.
-        self._strangers: set[Peer] = set()
+        self._strangers: Strangers[Peer] = Strangers(settings.max_strangers)
         # Those that are known.
         self._known: set[Peer] = set()
         # By how much is allowed.
@@ -128,12 +132,15 @@ class Gate:
             peer.is_refused = True
         elif found is not None:
             peer.identify(found)
-        elif len(self._strangers) >= self._settings.max_strangers:
-            return Refusal(
-                503,
-                f"{len(self._strangers)} connections have not presented a token yet, which is the "
-                "limit (--max-strangers). Present it with the upgrade.\n",
-            )
+        elif not self._strangers.has_room():
+            other = self._strangers.in_the_way_of(request.remote_address)
+            if other is None:
+                return Refusal(
+                    503,
+                    f"{len(self._strangers)} connections have not presented a token yet, which is "
+                    "the limit (--max-strangers). Present it with the upgrade.\n",
+                )
+            self._disconnect(other, "others want to come, too (--max-strangers)")
         return peer
 
     def opened(self, peer: Peer) -> None:
@@ -143,7 +150,7 @@ class Gate:
         elif peer.identity is not None:
             self._admit(peer, peer.identity)
         else:
-            self._strangers.add(peer)
+            self._strangers.add(peer, peer.remote_address)
             self._after(self._settings.auth_timeout, peer, self._give_up)
 
     def closed(self, peer: Peer) -> None:
@@ -247,7 +254,9 @@ class Gate:
         self._known.add(peer)
         self._stop_timer(peer)
         if identity.expires_at is not None:
-            self._after(identity.expires_at - time.time(), peer, self._expire)
+            # The clock may be set, or the machine sleep, which timers do not notice.
+            seconds = min(identity.expires_at - time.time(), _LOOK_SECONDS)
+            self._after(seconds, peer, self._expire)
 
     def _give_up(self, peer: Peer) -> None:
         if peer in self._strangers:
@@ -258,7 +267,6 @@ class Gate:
         identity = peer.identity
         if identity is None or identity.expires_at is None or peer not in self._known:
             return
-        # The clock may have been set back, and another token may have come meanwhile.
         if identity.expires_at > time.time():
             self._admit(peer, identity)
         else:
@@ -287,7 +295,3 @@ class Gate:
         timer = self._deadlines.pop(peer, None)
         if timer is not None:
             timer.cancel()
-
-
-def _is_same(one: Identity, other: Identity) -> bool:
-    return one.user == other.user and one.role == other.role

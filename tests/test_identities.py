@@ -267,8 +267,14 @@ def test_strangers_have_little_time(launch: Callable[..., LocalServer]) -> None:
         assert b"--max-strangers" in (refused.value.response.body or b"")
         with server.connect("/?token=t") as other:
             assert other.rows("select 1 as a") == [{"a": 1}]
-        code, received = close_code(silent)
-        assert code == 1008 and "--auth-timeout" in received[0]["error"]
+        # One address cannot keep all others out.
+        with server.connect(source_address=("127.0.0.2", 0)) as elsewhere:
+            code, received = close_code(silent)
+            assert code == 1008 and "--max-strangers" in received[0]["error"]
+            assert elsewhere.request(type="auth", token="t") == {"type": "authAck"}
+        with server.connect() as slow:
+            code, received = close_code(slow)
+            assert code == 1008 and "--auth-timeout" in received[0]["error"]
         assert known.rows("select 1 as a") == [{"a": 1}]
         with server.connect() as late:
             assert late.request(type="auth", token="t") == {"type": "authAck"}
