@@ -222,6 +222,10 @@ def test_signed_tokens_with_a_secret(write: Callable[[str], Path], tmp_path: Pat
         {"aud": "other"},
         {"sub": ""},
         {"sub": 5},
+        # Others see it, and must be able to.
+        {"sub": "\ud800"},
+        {"sub": "\x1b[31m"},
+        {"sub": "x" * 256},
         {"role": "writer"},
         {"role": ["reader"]},
         {"nbf": time.time() + 90},
@@ -338,6 +342,56 @@ qrnPODUr0PC0s1qEPBG7KugyJ3L84NpbmBz8/uTGx5SyHBXca+XK6DxWQZ1rsAX2
             read_token_file(write(f'[jwt]\n{kind} = "key"\n'))
 
 
+@pytest.mark.parametrize(
+    ("change", "holds"),
+    [
+        (("# other", "# another"), True),
+        (("[roles.other]", "[roles.third]"), True),
+        (('role = "reader"', 'role = "other"'), False),
+        (('audience = "db"', 'audience = "other"'), False),
+        (('user_claim = "sub"', 'user_claim = "email"'), False),
+        ((None, 0), False),
+        ((None, 1), True),
+    ],
+)
+def test_rules_that_change_hold_for_those_who_are_there(
+    write: Callable[[str], Path],
+    tmp_path: Path,
+    keys: list[rsa.RSAPrivateKey],
+    change: tuple[Any, Any],
+    holds: bool,
+) -> None:
+    """A key that was stolen is good for no connection any more when it is taken out."""
+    encode = jwt.algorithms.RSAAlgorithm.to_jwk
+    entries = [
+        {**json.loads(encode(key.public_key())), "kid": f"k{number}"}
+        for number, key in enumerate(keys)
+    ]
+    text = """# other
+        [roles.reader]
+        [roles.other]
+        [jwt]
+        jwks_file = "jwks.json"
+        role = "reader"
+        audience = "db"
+        user_claim = "sub"
+        """
+    (tmp_path / "jwks.json").write_text(json.dumps({"keys": entries}))
+    found = access(write(text))
+    fields = {"sub": "eve", "exp": time.time() + 60, "aud": "db"}
+    before = found.identify(jwt.encode(fields, keys[0], algorithm="RS256", headers={"kid": "k0"}))
+    assert before is not None and before.role.name == "reader"
+    old, new = change
+    if isinstance(new, int):
+        del entries[new]
+        (tmp_path / "jwks.json").write_text(json.dumps({"keys": entries}))
+    else:
+        write(text.replace(old, new))
+    found.use(found.read_again())
+    after = found.renewed(before)
+    assert after is not None and (after.role == before.role) is holds
+
+
 def test_users_of_a_trusted_proxy(write: Callable[[str], Path]) -> None:
     path = write(
         '[roles.reader]\n[proxy]\nuser_header = "X-User"\nrole_header = "X-Role"\nrole = "reader"\n'
@@ -356,6 +410,14 @@ def test_users_of_a_trusted_proxy(write: Callable[[str], Path]) -> None:
     assert user({"x-user": " "}) is None
     assert user({}) is None
     assert user({"x-user": "ada"}, False) is None
+
+    request = HttpRequest("GET", "/", "", {"x-user": "ada"}, "10.0.0.1", is_from_proxy=True)
+    before = found.of_proxy(request)
+    assert before is not None and found.renewed(before) == before
+    path.write_text(path.read_text().replace('role = "reader"', 'role = "admin"'))
+    found.use(found.read_again())
+    after = found.renewed(before)
+    assert after is not None and after.role.name == ""
 
 
 def test_failures_are_counted_by_address() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sqlrooms_server.access.key_files import read_key_file
-from sqlrooms_server.access.roles import Identity, Role
+from sqlrooms_server.access.roles import Identity, Role, is_user_name
 from sqlrooms_server.errors import StartupError
 
 SIGNED = "signed token"
@@ -29,16 +30,24 @@ _MALFORMED = (ValueError, TypeError, AttributeError, ArithmeticError, RecursionE
 # In seconds since 1970: no timer goes further.
 _FOR_EVER = 1e11
 
-# Which key a token was signed with: by its header, None when there is no such key.
-_FindKey = Callable[[Mapping[str, Any]], Any]
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """A key to check signatures with. ``digest`` tells it from others."""
+
+    key: Any
+    digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class SignedTokens:
-    """What makes a signed token right. One algorithm only, whatever the token says itself."""
+    """What makes a signed token right. One algorithm only, whatever the token says itself.
+
+    ``keys`` are named as tokens do in ``kid``, or None for one that has no name.
+    """
 
     algorithm: str
-    find_key: _FindKey = field(repr=False)
+    keys: Mapping[str | None, _Key] = field(repr=False)
     issuer: str | None
     audience: str | None
     user_claim: str
@@ -51,12 +60,12 @@ class SignedTokens:
         import jwt
 
         try:
-            key = self.find_key(jwt.get_unverified_header(token))
+            key = self._key(jwt.get_unverified_header(token).get("kid"))
             if key is None:
                 return None
             claims = jwt.decode(
                 token,
-                key,
+                key.key,
                 algorithms=[self.algorithm],
                 issuer=self.issuer,
                 audience=self.audience,
@@ -69,9 +78,24 @@ class SignedTokens:
         user = claims.get(self.user_claim)
         name = claims.get(self.role_claim)
         role = self.default_role if name is None else self._role(name)
-        if not isinstance(user, str) or not user or role is None:
+        if not is_user_name(user) or role is None:
             return None
-        return Identity(user, role.of(user), SIGNED, expires_at=expires_at)
+        return Identity(user, role.of(user), SIGNED, self._basis(key), expires_at)
+
+    def made(self, identity: Identity) -> bool:
+        """Whether ``identity`` comes from one of these keys, by these very rules."""
+        return any(self._basis(key) == identity.digest for key in self.keys.values())
+
+    def _key(self, name: Any) -> _Key | None:
+        if len(self.keys) == 1 and (name is None or None in self.keys):
+            # Then a token need not name it.
+            return next(iter(self.keys.values()))
+        return self.keys.get(name)
+
+    def _basis(self, key: _Key) -> bytes:
+        role = None if self.default_role is None else self.default_role.name
+        rules = (self.issuer, self.audience, self.user_claim, self.role_claim, role)
+        return hashlib.sha256(key.digest + repr(rules).encode()).digest()
 
     def _role(self, name: Any) -> Role | None:
         return self.roles.get(name) if isinstance(name, str) else None
@@ -100,20 +124,21 @@ def open_signed_tokens(
             "installed: pip install 'sqlrooms-server[jwt]'."
         ) from error
     data = read_key_file(path, kind)
+    keys: dict[str | None, _Key]
     if kind == "secret_file":
-        algorithm, find_key = "HS256", _secret(data.strip(), path)
+        algorithm, keys = "HS256", {None: _secret(data.strip(), path)}
     else:
         algorithm = "RS256"
         try:
-            find_key = _public_key(data) if kind == "public_key_file" else _key_set(data)
+            keys = _key_set(data) if kind == "jwks_file" else {None: _public_key(data)}
         except (jwt.PyJWTError, *_MALFORMED) as error:
             raise StartupError(f"The {kind} {path} holds no public RSA key: {error}.") from error
     return SignedTokens(
-        algorithm, find_key, issuer, audience, user_claim, role_claim, default_role, roles
+        algorithm, keys, issuer, audience, user_claim, role_claim, default_role, roles
     )
 
 
-def _secret(secret: bytes, path: Path) -> _FindKey:
+def _secret(secret: bytes, path: Path) -> _Key:
     if len(secret) < _MIN_SECRET_BYTES:
         raise StartupError(
             f"The secret_file {path} has {len(secret)} bytes; a secret needs at least "
@@ -122,42 +147,38 @@ def _secret(secret: bytes, path: Path) -> _FindKey:
     if secret.startswith(b"-----BEGIN "):
         # What can be read by everybody is no secret, and PyJWT takes no such key.
         raise StartupError(f"The secret_file {path} holds a key as PEM; it needs random bytes.")
-    return lambda header: secret
+    return _Key(secret, hashlib.sha256(secret).digest())
 
 
-def _public_key(data: bytes) -> _FindKey:
+def _public_key(data: bytes) -> _Key:
     from cryptography.exceptions import UnsupportedAlgorithm
     from jwt.algorithms import RSAAlgorithm
 
     try:
-        key = _checked(RSAAlgorithm(RSAAlgorithm.SHA256).prepare_key(data))
+        return _rsa_key(RSAAlgorithm(RSAAlgorithm.SHA256).prepare_key(data))
     except UnsupportedAlgorithm as error:
         raise ValueError(str(error)) from error
-    return lambda header: key
 
 
-def _checked(key: Any) -> Any:
-    """``key``, an RSA key that is good for checking signatures. Raises ``ValueError``."""
+def _rsa_key(key: Any) -> _Key:
+    """``key`` when it is good for checking signatures. Raises ``ValueError``."""
     if not hasattr(key, "verify"):
         raise ValueError("it is a private key, which belongs to the program that signs")
     if key.key_size < _MIN_RSA_BITS:
         raise ValueError(f"it has {key.key_size} bits; {_MIN_RSA_BITS} are needed")
-    return key
+    numbers = key.public_numbers()
+    return _Key(key, hashlib.sha256(repr((numbers.n, numbers.e)).encode()).digest())
 
 
-def _key_set(data: bytes) -> _FindKey:
-    """The keys of a JSON Web Key Set (RFC 7517), which tokens name by ``kid``."""
+def _key_set(data: bytes) -> dict[str | None, _Key]:
+    """The keys of a JSON Web Key Set (RFC 7517)."""
     import jwt
 
     keys = {
-        key.key_id: _checked(key.key)
+        key.key_id: _rsa_key(key.key)
         for key in jwt.PyJWKSet.from_dict(json.loads(data)).keys
         if key.key_type == "RSA" and key.public_key_use in (None, "sig")
     }
     if not keys:
         raise ValueError("it has no key of type RSA for signatures")
-    if len(keys) == 1:
-        # Then a token need not name it.
-        ((only, key),) = keys.items()
-        return lambda header: key if header.get("kid") in (None, only) else None
-    return lambda header: keys.get(header.get("kid"))
+    return keys
