@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from sqlrooms_server.access import EVERYBODY, Access, Identity
 from sqlrooms_server.access.failures import Failures
+from sqlrooms_server.access.roles import Role
 from sqlrooms_server.access.strangers import Strangers
 from sqlrooms_server.access.token_file import TokenFile
 from sqlrooms_server.errors import Busy, ServerError, StartupError, Unauthorized
@@ -76,8 +77,8 @@ class Gate:
         self._strangers: Strangers[Peer] = Strangers(settings.max_strangers)
         # Those that are known.
         self._known: set[Peer] = set()
-        # By how much is allowed.
-        self._rates: dict[int, Rates[Peer]] = {}
+        # By how much is allowed. Over HTTP, where connections do not last, it is a user who may.
+        self._rates: dict[int, Rates[Peer | str]] = {}
         # When a stranger has waited too long, and when an identity expires.
         self._deadlines: dict[Peer, Timer] = {}
 
@@ -195,15 +196,17 @@ class Gate:
 
     def check_rate(self, peer: Peer, message: Message) -> None:
         """Raise ``Busy`` when ``peer`` asks more often than its role may."""
-        rate = peer.role.request_rate
-        if rate and not isinstance(message, _NO_REQUESTS):
-            rates = self._rates.setdefault(rate, Rates(rate))
-            if not rates.allows(peer):
-                text = (
-                    f"This connection sends more than {rate} requests a second, which is the "
-                    f"limit of role {peer.role.name!r}."
-                )
-                raise Busy(text, getattr(message, "query_id", None))
+        role = peer.role
+        if not isinstance(message, _NO_REQUESTS) and not self._may_ask(role, peer):
+            text = (
+                f"This connection sends more than {role.request_rate} requests a second, which is "
+                f"the limit of role {role.name!r}."
+            )
+            raise Busy(text, getattr(message, "query_id", None))
+
+    def _may_ask(self, role: Role, key: Peer | str) -> bool:
+        rate = role.request_rate
+        return not rate or self._rates.setdefault(rate, Rates(rate)).allows(key)
 
     def identity_of(self, request: HttpRequest) -> Identity | Refusal:
         """Who sent ``request``, or why it is not answered."""
@@ -212,7 +215,12 @@ class Gate:
             return refusal
         if not self.needs_token:
             return EVERYBODY
-        return self._credentials(request) or Refusal(401, _UNAUTHORIZED)
+        found = self._credentials(request) or Refusal(401, _UNAUTHORIZED)
+        if isinstance(found, Refusal) or self._may_ask(found.role, found.user):
+            return found
+        role = found.role
+        text = f"More than {role.request_rate} requests a second, the limit of role {role.name!r}."
+        return Refusal(429, text)
 
     def known(self, request: HttpRequest) -> Identity | None:
         """Who sent ``request``, which is answered in any case; None for a stranger."""

@@ -36,6 +36,7 @@ write_rooms = ["notes"]
 
 [roles.hasty]
 request_rate = 2
+write_channels = ["wall"]
 
 [roles.modest]
 max_result_rows = 3
@@ -181,6 +182,8 @@ def test_requests_of_a_hasty_role(shared: LocalServer) -> None:
         }
         # It ends what it began whenever it likes.
         assert wire.request(type="cancel", queryId=1)["type"] == "cancelAck"
+    statuses = {http_status(shared, "POST", "/channels/wall", "eve-token", 1) for _ in range(20)}
+    assert statuses == {200, 429}
 
 
 def test_results_of_a_modest_role(shared: LocalServer) -> None:
