@@ -226,7 +226,9 @@ class _Check:
             self._refuse("This text", str(error))
         for opening in words.openings(tokens):
             self._opening(opening)
-        return tokens
+        # What follows asks for the first words by their places.
+        first = next((i for i, token in enumerate(tokens) if not token.is_sign(";")), 0)
+        return tokens[first:]
 
     def _opening(self, opening: list[str]) -> None:
         policy, word = self._policy, opening[0]
