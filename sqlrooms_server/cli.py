@@ -223,10 +223,14 @@ def _welcome(settings: Settings, port: int) -> str:
         else "pages and programs of this machine"
     )
     secure = "s" if settings.tls_cert else ""
+    address, health = f"ws{secure}://{host}:{port}", f"http{secure}://{host}:{port}/readyz"
+    if settings.unix_socket:
+        path = os.path.abspath(settings.unix_socket)
+        address, health = f"ws+unix://{path}", f"curl --unix-socket {path} http://localhost/readyz"
     lines = [
         f"sqlrooms-server {__version__}, DuckDB {DUCKDB_VERSION}",
         "",
-        f"  address   ws{secure}://{host}:{port}",
+        f"  address   {address}",
         f"  database  {settings.db_path}{mode}",
     ]
     if settings.sync:
@@ -234,7 +238,7 @@ def _welcome(settings: Settings, port: int) -> str:
         lines.append(f"  rooms     {where}")
     lines += [
         f"  access    {access}",
-        f"  health    http{secure}://{host}:{port}/readyz",
+        f"  health    {health}",
         "",
         "Press Ctrl+C to stop.",
     ]

@@ -36,7 +36,9 @@ _AUTH_ACK = encode({"type": "authAck"})
 
 _CLOSE_SECONDS = 2.0
 
-# "Service Restart" of the registry of close codes (RFC 6455, section 7.4.2): clients come back.
+# RFC 6455, section 7.4, and its registry: "Policy Violation", and "Service Restart", after which
+# clients come back.
+_POLICY = 1008
 _RESTART = 1012
 
 # What belongs to a request that was counted, or has a limit of its own.
@@ -104,9 +106,8 @@ class Gate:
                 self._admit(peer, identity)
                 continue
             else:
-                # It may hear or hold what it is no longer allowed. It comes back with what it is.
-                peer.close(_RESTART, "The role of this token has changed; connect again.")
-                self._abort_soon(peer)
+                # It may hear or hold what it is no longer allowed; it can come back as what it is.
+                self._close(peer, _RESTART, "the role of this token has changed; connect again")
             closed += 1
         log.info("Read the tokens again; closed %d connections.", closed)
 
@@ -265,19 +266,18 @@ class Gate:
 
     def _disconnect(self, peer: Peer, reason: str = "") -> None:
         """Tell ``peer`` that it is not, or no longer, authorised, and close it."""
+        text = f"{_UNAUTHORIZED}: {reason}" if reason else _UNAUTHORIZED
+        peer.send_error(Unauthorized(text))
+        self._close(peer, _POLICY, text)
+
+    def _close(self, peer: Peer, code: int, reason: str) -> None:
+        """Hear ``peer`` no more, and close it."""
         peer.is_refused = True
         peer.identify(None)
         self.closed(peer)
-        log.warning(
-            "Closed a connection from %s: %s.", peer.remote_address, reason or "no valid token"
-        )
-        text = f"{_UNAUTHORIZED}: {reason}" if reason else _UNAUTHORIZED
-        peer.send_error(Unauthorized(text))
-        peer.close(1008, text)
-        self._abort_soon(peer)
-
-    def _abort_soon(self, peer: Peer) -> None:
-        """What it is being sent goes first, but not for long."""
+        log.warning("Closed a connection from %s: %s.", peer.remote_address, reason)
+        peer.close(code, reason)
+        # What it is being sent goes first, but not for long.
         self._timers.after(_CLOSE_SECONDS, lambda: self._post(peer.abort))
 
     def _after(self, seconds: float, peer: Peer, then: Callable[[Peer], None]) -> None:

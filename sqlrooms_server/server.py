@@ -52,6 +52,7 @@ from sqlrooms_server.transport import (
     Refusal,
     Transport,
     TransportLimits,
+    UnixSocket,
 )
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,9 @@ class Server:
                 max_waiting=settings.max_http_connections,
             ),
             certificate=self._certificate,
+            unix_socket=UnixSocket(settings.unix_socket, int(settings.unix_socket_mode, 8))
+            if settings.unix_socket
+            else None,
             proxies=Proxies(settings.trusted_proxy, settings.proxy_headers),
             proxy_headers=access.proxy_headers,
         )
@@ -171,7 +175,7 @@ class Server:
     def _check_exposure(self) -> None:
         """What other machines can reach needs a token, and should have TLS."""
         host = self.settings.host
-        if is_loopback(host):
+        if self.settings.unix_socket or is_loopback(host):
             return
         if not self._gate.needs_token:
             if not self.settings.insecure_no_auth:

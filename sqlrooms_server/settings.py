@@ -50,6 +50,12 @@ class Settings:
 
     host: str = _setting("127.0.0.1", "Address or host name to listen on.")
     port: int = _setting(4000, "TCP port to listen on; 0 takes a free one.")
+    unix_socket: str = _setting(
+        "", "Path of a Unix socket to listen on, instead of an address and a port."
+    )
+    unix_socket_mode: str = _setting(
+        "600", "Who may connect to it, as chmod takes it: 660 lets its group in, for a proxy."
+    )
     tls_cert: str = _setting(
         "",
         "PEM file of a certificate, with those between it and its authority: clients use wss:// "
@@ -297,6 +303,14 @@ class Settings:
         if self.proxy_headers not in ("x-forwarded", "forwarded"):
             raise StartupError(
                 f"--proxy-headers must be x-forwarded or forwarded, not {self.proxy_headers!r}."
+            )
+        if not re.fullmatch(r"0?[0-7]{3}", self.unix_socket_mode):
+            raise StartupError(
+                f"--unix-socket-mode must be three octal digits, not {self.unix_socket_mode!r}."
+            )
+        if self.unix_socket and self.tls_cert:
+            raise StartupError(
+                "--unix-socket has no TLS: what it carries stays on this machine; drop --tls-cert."
             )
         if bool(self.tls_cert) != bool(self.tls_key):
             given, missing = ("cert", "key") if self.tls_cert else ("key", "cert")

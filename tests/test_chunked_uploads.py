@@ -74,6 +74,18 @@ def test_a_stream_cut_at_every_byte(wire: Wire) -> None:
     assert wire.table("from t").to_pylist() == table.to_pylist()
 
 
+def test_a_stream_as_arrow_wrote_them_before_0_15(wire: Wire) -> None:
+    """Its messages have no mark before their length, and its end is four bytes, not eight."""
+    table = pa.table({"a": [1, 2], "b": ["x", None]})
+    sink = io.BytesIO()
+    options = pa.ipc.IpcWriteOptions(use_legacy_format=True)
+    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
+    for size in (1, 1 << 20):
+        assert upload(wire, sink.getvalue(), size)["rows"] == 2
+        assert wire.table("from t").to_pylist() == table.to_pylist()
+
+
 def test_random_cuts(wire: Wire) -> None:
     body = several_batches(TABLE)
     chance = random.Random(7)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 
 import duckdb
 import pytest
 
+from sqlrooms_server.db.effects import effects_of, has_changing_word
+from sqlrooms_server.db.room_macros import wanted_rooms
 from sqlrooms_server.db.statements import (
     MAX_PARSED_LENGTH,
     Classifier,
@@ -126,3 +129,52 @@ def test_without_end(sql: str, code: str) -> None:
 def test_quoting() -> None:
     assert quote_identifier('a"b') == '"a""b"'
     assert quote_literal("it's") == "'it''s'"
+
+
+_LONG = 1 << 17
+
+
+@pytest.mark.parametrize(
+    ("kind", "sql"),
+    [
+        ("CREATE", "create table" + " " * _LONG + "if" + " " * _LONG),
+        ("INSERT", "insert" + "/**/" * (_LONG // 4)),
+        ("INSERT", "insert " + "--\n" * (_LONG // 3)),
+        ("INSERT", "insert into /*" + "a" * _LONG),
+        ("INSERT", 'insert into "' + "a" * _LONG),
+        ("UPDATE", "update " + '"' * _LONG),
+        ("SELECT", "select update /*" + "/" * _LONG),
+        ("SELECT", "select update E'" + "a" * _LONG),
+        ("SELECT", "from room('" + "a" * _LONG + "')"),
+        ("SELECT", "from room('" + "'" * _LONG),
+    ],
+    ids=lambda part: part[:20],
+)
+def test_looking_at_a_long_text_takes_little_memory(kind: str, sql: str) -> None:
+    """It took up to 250 times the text, and all of it with the interpreter lock held."""
+    tracemalloc.start()
+    try:
+        effects_of((kind,), (sql,), sql)
+        has_changing_word(sql)
+        nesting(sql)
+        wanted_rooms(sql, None)
+        without_end(sql)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # A copy or two of the text.
+    assert peak < 10 * len(sql)
+
+
+@pytest.mark.parametrize(
+    ("sql", "changes"),
+    [
+        ("select 1 /* update */", False),
+        ("select 1 /* a /* b */ update */", True),
+        ("select 1 */* update */", True),
+        ("/* a */ select '/*' /* update */", True),
+    ],
+)
+def test_words_in_comments_that_may_be_none(sql: str, changes: bool) -> None:
+    """DuckDB nests comments; who does not would take code for one."""
+    assert has_changing_word(sql) is changes

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from sqlrooms_server.transport.addresses import place_of
 
 # Seconds for which failures count, from the first one on.
 WINDOW_SECONDS = 60.0
@@ -38,7 +39,7 @@ class Failures:
 
     def wait(self, address: str, token: str) -> int:
         """Seconds until ``token`` from ``address`` is looked at; 0 when it is now."""
-        record = self._records.get(_network(address))
+        record = self._records.get(place_of(address))
         if record is None or record.count < self._limit or _digest(token) in record.known:
             return 0
         left = record.began + WINDOW_SECONDS - self._clock()
@@ -70,25 +71,14 @@ class Failures:
             record.known.clear()
 
     def _record(self, address: str, now: float) -> _Record:
-        network = _network(address)
-        record = self._records.get(network)
+        place = place_of(address)
+        record = self._records.get(place)
         if record is None:
             if len(self._records) >= _MAX_ADDRESSES:
                 del self._records[next(iter(self._records))]
-            record = self._records[network] = _Record(now)
+            record = self._records[place] = _Record(now)
         return record
 
 
 def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
-
-
-def _network(address: str) -> str:
-    """What one machine can choose its addresses from: of IPv6, all of a /64."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is None:
-        return str(ipaddress.ip_network((int(parsed) >> 64 << 64, 64)))
-    return str(parsed)

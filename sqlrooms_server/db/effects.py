@@ -7,6 +7,7 @@ doubt, the answer is that anything may change.
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import NamedTuple
 
@@ -37,10 +38,12 @@ _SETTINGS = Effect("change", catalog=True, settings=True)
 # What separates words for every version of DuckDB: other characters that Python calls space belong
 # to names. DuckDB nests comments, and 1.5 ends one at a carriage return; such ones are none here.
 _SPACE = r"[ \t\n\v\f\r]"
-_COMMENT_TEXT = r"--[^\r\n]*(?:\r?\n|\Z)|/\*(?:(?!/\*|\*/).)*\*/"
-_SKIPPED = rf"(?:{_SPACE}|{_COMMENT_TEXT})*"
-_GAP = rf"(?:{_SPACE}|{_COMMENT_TEXT})+"
-_PART = r'(?:[^\W\d][\w$]*|"(?:[^"]|"")+")'
+# No group is repeated for each character, nor without end, since Python takes two hundred bytes for
+# each time; who has more comments or quotes in one place is not understood.
+_COMMENT_TEXT = r"(?:--[^\r\n]*(?:\r?\n|\Z)|/\*[^*/]*(?:(?:\*(?!/)|/(?!\*))[^*/]*)*\*/)"
+_SKIPPED = rf"{_SPACE}*(?:{_COMMENT_TEXT}{_SPACE}*){{0,1000}}"
+_GAP = rf"(?:{_SPACE}|{_COMMENT_TEXT}){_SKIPPED}"
+_PART = r'(?:[^\W\d][\w$]*|"(?:[^"]|"")[^"]*(?:""[^"]*){0,255}")'
 # Whole: no point may follow, nor a comment that hides one, nor a character that could belong to
 # the name. IF begins what may stand before it.
 _NAME = (
@@ -108,7 +111,8 @@ _OTHER_STATEMENT = re.compile(
 )
 # Where the versions of DuckDB may differ about what is code, or this module from them: parameters
 # and names hold dollars, too.
-_DOUBTFUL = re.compile(r"[$\\]|\r(?!\n)|/\*(?:(?!\*/).)*/\*", re.DOTALL)
+_DOUBTFUL = re.compile(r"[$\\]|\r(?!\n)|\*/\*")
+_MARK_OF_COMMENT = re.compile(r"/\*|\*/")
 _LITERAL_OR_COMMENT = re.compile(LITERAL_OR_COMMENT, re.VERBOSE | re.DOTALL)
 
 _SILENT_KINDS = frozenset({"SET", "VARIABLE_SET", "LOAD", "VACUUM", "ANALYZE"})
@@ -120,9 +124,14 @@ def has_changing_word(sql: str) -> bool:
     """Whether ``sql`` may hold a clause that changes something, outside literals and comments."""
     if _CHANGING_WORD.search(sql) is None:
         return False
-    if _DOUBTFUL.search(sql) is not None:
+    if _DOUBTFUL.search(sql) is not None or _nests_comments(sql):
         return True
     return _CHANGING_WORD.search(_LITERAL_OR_COMMENT.sub(" ", sql)) is not None
+
+
+def _nests_comments(sql: str) -> bool:
+    marks = (match[0] for match in _MARK_OF_COMMENT.finditer(sql))
+    return any(pair == ("/*", "/*") for pair in itertools.pairwise(marks))
 
 
 def effects_of(kinds: tuple[str, ...], texts: tuple[str, ...], sql: str) -> tuple[Effect, ...]:

@@ -20,7 +20,7 @@ _EXPERIMENTAL = b"ARROW:experimental_compression"
 
 _NOT_COMPRESSED = -1
 
-# Tables of real data shrink to a half or a quarter, so that messages of the largest size still pass.
+# Real data shrinks to a half or a quarter, so that messages of the largest size still pass.
 _MOST_TIMES = 4
 
 FLATBUFFER_ERRORS = (struct.error, IndexError)
@@ -94,7 +94,7 @@ class Inflation:
         """
         if _EXPERIMENTAL in metadata:
             raise BadRequest(
-                "The body of uploadArrow is compressed as Arrow 0.17 did; use a later."
+                "The body of uploadArrow is compressed as by Arrow 0.17; use a later one."
             )
         message = Table.root(metadata)
         kind, header = message.number(1, "<B"), message.table(2)
@@ -114,7 +114,8 @@ class Inflation:
         if size > self._limit:
             raise BadRequest(
                 f"A batch in the body of uploadArrow has {size} bytes when it is decompressed; at "
-                f"most {self._limit} are allowed ({_MOST_TIMES} times --max-message-size). Send smaller batches."
+                f"most {self._limit} are allowed ({_MOST_TIMES} times --max-message-size). "
+                "Send smaller batches."
             )
 
 

@@ -102,11 +102,16 @@ class PushedStream:
 
     def _read_size(self) -> None:
         """Set the size and type of the message under way, when enough of it is here."""
-        if self._available < 8:
+        if self._available < 4:
             return
-        first, second = struct.unpack("<II", self._peek(8))
         # Streams from before Arrow 0.15 have no continuation mark.
-        start, length = (8, second) if first == _CONTINUATION else (4, first)
+        start = 4
+        (length,) = struct.unpack("<I", self._peek(4))
+        if length == _CONTINUATION:
+            if self._available < 8:
+                return
+            start = 8
+            (length,) = struct.unpack("<4xI", self._peek(8))
         if length == 0:
             self._take(start)
             self._size = 0

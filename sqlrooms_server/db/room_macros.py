@@ -23,7 +23,7 @@ _CALL = re.compile(r"\brooms?\s*\(", re.IGNORECASE)
 _CALL_OR_LITERAL = re.compile(
     rf"""
     (?<![\w.])(?P<function>rooms?)\s*\(\s*
-        (?: (?P<name>'(?:[^']|'')*')\s*\) | (?P<parameter>[?$]\w*)\s*\) | )
+        (?: (?P<name>'[^']*(?:''[^']*){{0,255}}')\s*\) | (?P<parameter>[?$]\w*)\s*\) | )
     | {LITERAL_OR_COMMENT.replace(chr(92) + "1", chr(92) + "4")}
     """,
     re.VERBOSE | re.DOTALL | re.IGNORECASE,
@@ -79,7 +79,8 @@ def wanted_rooms(sql: str, params: Params | None) -> Wanted | None:
     """What ``sql`` asks about rooms; None for nothing."""
     if _CALL.search(sql) is None:
         return None
-    functions, names = set(), set()
+    functions: set[str] = set()
+    names: set[str] = set()
     texts: set[str] = set()
     is_all = False
     for match in _CALL_OR_LITERAL.finditer(sql):

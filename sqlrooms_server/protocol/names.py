@@ -10,6 +10,10 @@ from sqlrooms_server.messages import TableName
 
 MAX_IDENTIFIER_LENGTH = 255
 
+# Three parts of nothing but double quotes, each written twice. Matching takes two hundred times the
+# memory of a text, so that a longer one must not be looked at.
+_MAX_NAME_LENGTH = 3 * (2 * MAX_IDENTIFIER_LENGTH + 2) + 2
+
 _TABLE_PART = re.compile(r'([^\W\d]\w*)|"((?:[^"]|"")+)"')
 
 
@@ -25,6 +29,8 @@ def parse_table_name(text: object, field: str = "tableName") -> TableName:
     )
     if not isinstance(text, str) or "\0" in text:
         raise refused
+    if len(text) > _MAX_NAME_LENGTH:
+        raise BadRequest(f"A part of {field} is over {MAX_IDENTIFIER_LENGTH} bytes long.")
     parts = []
     position = 0
     while True:

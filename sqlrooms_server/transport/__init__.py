@@ -10,6 +10,7 @@ from sqlrooms_server.transport.http import Exchange, HttpRequest
 from sqlrooms_server.transport.loop import Handler, Refusal, Transport, TransportLimits
 from sqlrooms_server.transport.proxies import Proxies
 from sqlrooms_server.transport.topics import Topic
+from sqlrooms_server.transport.unix_sockets import UnixSocket
 
 __all__ = [
     "Certificate",
@@ -24,4 +25,5 @@ __all__ = [
     "Topic",
     "Transport",
     "TransportLimits",
+    "UnixSocket",
 ]

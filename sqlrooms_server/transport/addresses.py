@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 import sys
@@ -54,6 +55,14 @@ def why_not(address: str, port: int) -> str:
         elif error.errno == errno.EACCES:
             hint = "ports below 1024 need privileges; choose another --port"
     return f"Cannot listen on {address} port {port}: {reason}; {hint}."
+
+
+def place_of(address: str) -> str:
+    """What is limited together: an IPv4 address, or a network of IPv6 as one subscriber has it."""
+    if ":" not in address:
+        return address
+    number = int(ipaddress.IPv6Address(address.partition("%")[0]))
+    return str(ipaddress.IPv6Address(number >> 64 << 64))
 
 
 def _probe(address: str, port: int) -> OSError | None:

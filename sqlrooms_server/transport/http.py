@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlrooms_server.transport import native
-from sqlrooms_server.transport.proxies import Client, Proxies, normalised
+from sqlrooms_server.transport.proxies import UNIX, Client, Proxies, normalised
 
 _REASONS = {
     200: b"200 OK",
@@ -55,15 +55,23 @@ class RequestReader:
     """
 
     def __init__(
-        self, tls: int, proxies: Proxies | None = None, proxy_headers: Sequence[str] = ()
+        self,
+        tls: int,
+        proxies: Proxies | None = None,
+        proxy_headers: Sequence[str] = (),
+        *,
+        is_unix: bool = False,
     ) -> None:
         self._tls = tls
+        self._is_unix = is_unix
         self._proxies = proxies or Proxies()
         self._proxy_headers = frozenset(name.lower() for name in proxy_headers)
         self._looked_at = self._proxies.headers | self._proxy_headers
 
     def peer(self, res: Any) -> str:
-        """The address at the other end of the socket, normalised."""
+        """The address at the other end of the socket, normalised; empty when that is gone."""
+        if self._is_unix:
+            return UNIX
         target = native.ffi.new("const char**")
         length = native.lib.uws_res_get_remote_address_as_text(self._tls, res, target)
         return normalised(native.unpack(target[0], length).decode("latin-1"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from sqlrooms_server.errors import StartupError
 from sqlrooms_server.transport import addresses, native
+from sqlrooms_server.transport.unix_sockets import UnixSocket
 
 ffi, lib = native.ffi, native.lib
 
@@ -19,6 +21,7 @@ class Listeners:
         self._listening: list[Any] = []
         self._contexts: list[Any] = []
         self._callbacks: list[Any] = []
+        self._unix_sockets: list[UnixSocket] = []
 
     def listen(self, address: str, port: int) -> int:
         """Listen there and return the port. Raises ``StartupError``."""
@@ -32,6 +35,29 @@ class Listeners:
         self.add_context(native.socket_context(self._tls, listener))
         return int(lib.us_socket_local_port(self._tls, listener))
 
+    def listen_on(self, unix_socket: UnixSocket) -> None:
+        """Listen on a Unix socket. Raises ``StartupError``."""
+        unix_socket.make_room()
+        listeners: list[Any] = []
+
+        def on_listen(listener: Any, path: Any, size: int, options: int, user_data: Any) -> None:
+            if listener != ffi.NULL:
+                listeners.append(listener)
+
+        signature = "void(struct us_listen_socket_t*, const char*, size_t, int, void*)"
+        callback = ffi.callback(signature, on_listen)
+        self._callbacks.append(callback)
+        path = os.fsencode(unix_socket.path)
+        lib.uws_app_listen_domain_with_options(
+            *(self._tls, self._app, path, len(path), 0, callback, ffi.NULL)
+        )
+        if not listeners:
+            raise StartupError(f"Cannot listen on --unix-socket {unix_socket.path}.")
+        unix_socket.made()
+        self._unix_sockets.append(unix_socket)
+        self._listening += listeners
+        self.add_context(native.socket_context(self._tls, listeners[0]))
+
     def add_context(self, context: Any) -> None:
         """Remember a context whose sockets are to be closed at the end."""
         if context not in self._contexts:
@@ -40,6 +66,8 @@ class Listeners:
     def close(self) -> None:
         """Accept no more; what is open stays."""
         listening, self._listening = self._listening, []
+        for unix_socket in self._unix_sockets:
+            unix_socket.remove()
         for listener in listening:
             lib.us_listen_socket_close(self._tls, listener)
 

@@ -22,6 +22,7 @@ from sqlrooms_server.transport.listening import Listeners
 from sqlrooms_server.transport.proxies import UNIX, Proxies
 from sqlrooms_server.transport.sockets import SocketLimits, Sockets
 from sqlrooms_server.transport.topics import Topic, Topics
+from sqlrooms_server.transport.unix_sockets import UnixSocket
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,9 @@ class TransportLimits:
 class Transport:
     """A listening server on a thread of its own.
 
-    With ``certificate`` it speaks TLS only. ``proxy_headers`` are the headers, besides those that
-    every request has, to take from the trusted ones of ``proxies``.
+    With ``unix_socket`` it listens there only, with ``certificate`` it speaks TLS only.
+    ``proxy_headers`` are the headers, besides those that every request has, to take from the
+    trusted ones of ``proxies``.
     """
 
     def __init__(
@@ -88,12 +90,16 @@ class Transport:
         certificate: Certificate | None = None,
         proxies: Proxies | None = None,
         proxy_headers: Sequence[str] = (),
+        unix_socket: UnixSocket | None = None,
     ) -> None:
         self._handler = handler
         self._limits = limits
         self._certificate = certificate
         self._tls = native.PLAIN if certificate is None else native.TLS
-        self._reader = RequestReader(self._tls, proxies, proxy_headers)
+        self._unix_socket = unix_socket
+        self._reader = RequestReader(
+            self._tls, proxies, proxy_headers, is_unix=unix_socket is not None
+        )
         self._sockets = Sockets(
             SocketLimits(limits.max_waiting, limits.max_per_address, sockets.descriptors())
         )
@@ -136,16 +142,18 @@ class Transport:
     def start(self, host: str, port: int) -> int:
         """Listen on every address of ``host``; the port, also when 0 asked for a free one.
 
+        On a Unix socket, there is neither, and 0 is returned.
+
         Raises ``StartupError`` when that is not possible.
         """
-        found = addresses.resolve(host, port)
+        found = addresses.resolve(host, port) if self._unix_socket is None else []
         self._thread = threading.Thread(target=self._run, args=(found, port), name="uws")
         self._thread.start()
         self._ready.wait()
         if self._failure is not None:
             self._thread.join()
             raise self._failure
-        return self.addresses[0][1]
+        return self.addresses[0][1] if self.addresses else 0
 
     def post(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call ``function`` on the loop thread, soon and in order. From any thread.
@@ -177,6 +185,8 @@ class Transport:
     def _run(self, found: list[str], port: int) -> None:
         try:
             self._listeners = self._create()
+            if self._unix_socket is not None:
+                self._listeners.listen_on(self._unix_socket)
             for address in found:
                 port = self._listeners.listen(address, port)
                 self.addresses.append((address, port))

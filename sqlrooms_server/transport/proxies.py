@@ -55,7 +55,7 @@ class Proxies:
         """Whether ``address``, as :func:`normalised`, is that of a trusted proxy."""
         if address == UNIX:
             return self._trusts_unix
-        return bool(self._networks) and self._contains(ipaddress.ip_address(address))
+        return bool(self._networks and address) and self._contains(ipaddress.ip_address(address))
 
     def client(self, peer: str, headers: Mapping[str, Sequence[str]]) -> Client:
         """The client of the trusted proxy ``peer``; ``headers`` has the lines of each header.
@@ -93,12 +93,10 @@ class Proxies:
 
 
 def normalised(text: str) -> str:
-    """An address of a socket in its shortest form; ``unix`` when it has none.
+    """An address of a socket in its shortest form.
 
     uWebSockets writes IPv6 in full, and IPv4 as a part of it when it listens on both.
     """
-    if not text:
-        return UNIX
     return text if ":" not in text else str(_unmapped(ipaddress.ip_address(text)))
 
 

@@ -6,12 +6,13 @@ however slowly its bytes come. What it does not bound is how many of them there 
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
+
+from sqlrooms_server.transport.addresses import place_of
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Sockets:
 
         ``address`` is None for one that no address is charged with: that of a trusted proxy.
         """
-        place = None if address is None else _place(address)
+        place = None if address is None else place_of(address)
         self._waiting[key] = place
         self._total += 1
         if place is not None:
@@ -80,7 +81,7 @@ class Sockets:
 
     def may_join(self, address: str) -> bool:
         """Whether a trusted proxy may bring a WebSocket of ``address``."""
-        return self._counts[_place(address)] < self._limits.of_address
+        return self._counts[place_of(address)] < self._limits.of_address
 
     def upgraded(self, key: int, address: str | None) -> str | None:
         """A socket became a WebSocket; what to tell :meth:`left` when it closes.
@@ -89,7 +90,7 @@ class Sockets:
         """
         place = self._waiting.pop(key, None)
         if address is not None:
-            place = _place(address)
+            place = place_of(address)
             self._counts[place] += 1
         return place
 
@@ -129,11 +130,3 @@ def are_exhausted() -> bool:
     except OSError:
         return True
     return False
-
-
-def _place(address: str) -> str:
-    """What is limited together: an IPv4 address, or a network of IPv6 as one subscriber has it."""
-    if ":" not in address:
-        return address
-    number = int(ipaddress.IPv6Address(address.partition("%")[0]))
-    return str(ipaddress.IPv6Address(number >> 64 << 64))

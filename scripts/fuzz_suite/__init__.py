@@ -1,0 +1,1 @@
+"""Fuzzing and a chaos run, see ``scripts/fuzz --help``."""
