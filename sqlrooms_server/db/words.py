@@ -145,6 +145,12 @@ def calls(tokens: Sequence[Token]) -> Iterator[tuple[str, int]]:
             yield token.text, i + 1
 
 
+def keyword_calls(tokens: Sequence[Token]) -> set[str]:
+    """Keywords before brackets. Most belong to the syntax, some may be names of macros."""
+    pairs = zip(tokens, tokens[1:], strict=False)
+    return {one.text for one, other in pairs if one.kind == "keyword" and other.is_sign("(")}
+
+
 def _closings(tokens: Sequence[Token]) -> dict[int, int]:
     """Where each round bracket that is closed closes."""
     closings = {}
