@@ -202,7 +202,7 @@ class Check:
         return name in self._macros or self._is_harmless_macro(name)
 
     def _is_harmless_macro(self, name: str) -> bool:
-        """Whether ``name`` is a macro. Raises ``Forbidden`` when that does what must not be done."""
+        """Whether ``name`` is a macro. Raises ``Forbidden`` when it does what must not be."""
         self._macros.add(name)
         if len(self._macros) > _MAX_MACROS:
             self._refuse("This statement", f"it calls more than {_MAX_MACROS} macros")

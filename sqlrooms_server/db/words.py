@@ -8,6 +8,7 @@ is decided by its plan.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def calls(tokens: Sequence[Token]) -> Iterator[tuple[str, int]]:
 
 def keyword_calls(tokens: Sequence[Token]) -> set[str]:
     """Keywords before brackets. Most belong to the syntax, some may be names of macros."""
-    pairs = zip(tokens, tokens[1:], strict=False)
+    pairs = itertools.pairwise(tokens)
     return {one.text for one, other in pairs if one.kind == "keyword" and other.is_sign("(")}
 
 
