@@ -8,6 +8,7 @@ is decided by its plan.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -143,6 +144,12 @@ def calls(tokens: Sequence[Token]) -> Iterator[tuple[str, int]]:
                 if before.is_sign(",") and _is_in_with(tokens, closings.get(i + 1)):
                     continue
             yield token.text, i + 1
+
+
+def keyword_calls(tokens: Sequence[Token]) -> set[str]:
+    """Keywords before brackets. Most belong to the syntax, some may be names of macros."""
+    pairs = itertools.pairwise(tokens)
+    return {one.text for one, other in pairs if one.kind == "keyword" and other.is_sign("(")}
 
 
 def _closings(tokens: Sequence[Token]) -> dict[int, int]:
