@@ -100,12 +100,7 @@ async def _run(home: Path, seconds: float, seed: int) -> int:
         report = Report(name)
         victim = Victim(place, *options)
         try:
-            await _attack(
-                victim,
-                report,
-                seconds / 2 if seconds >= _GLANCE_SECONDS else seconds,
-                random.Random(seed),
-            )
+            await _attack(victim, report, plan, random.Random(seed))
             _look_at_the_end(victim, report)
         finally:
             victim.kill()
