@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+import psutil
 import pyarrow as pa
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -356,7 +357,7 @@ def test_it_ends_with_its_terminal(tmp_path: Path) -> None:
 def test_a_token_is_nowhere_to_be_seen(serve: Callable[..., ServerProcess]) -> None:
     secret = "TOP-SECRET-TOKEN"
     arguments = ("--auth-token", secret, "--log-level", "debug", "--query-timeout", "77")
-    process = serve(*arguments, start=started)
+    process = serve(*arguments, "--sync", start=started)
     command_line = Path(f"/proc/{process.pid}/cmdline")
     if command_line.exists():
         shown = command_line.read_bytes()
@@ -375,6 +376,9 @@ def test_a_token_is_nowhere_to_be_seen(serve: Callable[..., ServerProcess]) -> N
         reply = wire.request(type="exec", queryId=1, sql=sql)
         secrets = wire.request(type="json", queryId=2, sql="select * from duckdb_secrets()")
         settings = wire.request(type="json", queryId=3, sql="select * from duckdb_settings()")
+        assert wire.request(type="crdt-join", roomId="r")["type"] == "crdt-joined"
+        (documents,) = psutil.Process(process.pid).children()
+        assert secret not in json.dumps([documents.environ(), documents.cmdline()])
     assert process.stop() == 0
     told = [body, process.welcome, process.errors, json.dumps([reply, secrets, settings])]
     for text in told:
