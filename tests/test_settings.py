@@ -126,9 +126,13 @@ def test_the_token_comes_from_a_file(tmp_path: Path) -> None:
 def test_what_protects_is_not_empty(tmp_path: Path, name: str) -> None:
     path = tmp_path / "settings.toml"
     path.write_text(f'{name} = " "\n')
-    for sources in (({name: ""}, {}), ({}, {f"SQLROOMS_{name.upper()}": " "}), ({}, {}, str(path))):
+    for flags, environment, config in (
+        ({name: ""}, {}, None),
+        ({}, {f"SQLROOMS_{name.upper()}": " "}, None),
+        ({}, {}, str(path)),
+    ):
         with pytest.raises(StartupError, match="is empty, which would protect nothing"):
-            load(*sources)
+            load(flags, environment, config)
 
 
 def test_the_token_is_never_shown() -> None:
