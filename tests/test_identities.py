@@ -284,6 +284,27 @@ def test_strangers_have_little_time(launch: Callable[..., LocalServer]) -> None:
             assert late.request(type="auth", token="t") == {"type": "authAck"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a socket has received")
+def test_strangers_fill_no_memory(launch: Callable[..., LocalServer]) -> None:
+    """A message that is not complete is kept until it is, or the time of its sender is over."""
+    server = launch(auth_token="t", auth_timeout=3600)
+    with server.connect() as stranger, server.connect() as other:
+        raw = stranger.socket.socket
+        raw.sendall(b"\x82\xff" + (100 << 20).to_bytes(8, "big") + bytes(4))
+        deadline = time.monotonic() + DEADLINE
+        # Its own thread may close the socket first.
+        with pytest.raises(OSError):
+            for _ in range(99):
+                raw.sendall(bytes(1 << 20))
+            while time.monotonic() < deadline:
+                raw.sendall(b"x")
+                time.sleep(0.001)
+        assert other.request(type="auth", token="t") == {"type": "authAck"}
+        # Who is known sends what it likes.
+        table = pa.table({"a": list(range(100_000))})
+        assert other.upload(table, tableName="t", queryId=1)["type"] == "uploadAck"
+
+
 def test_guessing_ends_after_some_failures(launch: Callable[..., LocalServer]) -> None:
     server = launch(auth_token="right", max_auth_failures=3)
     with server.connect("/?token=right") as known:
