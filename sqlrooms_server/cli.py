@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return token_command.main(arguments[1:])
     try:
-        _serve(_settings(arguments))
+        settings = _settings(arguments)
+        _forget_secrets()
+        _serve(settings)
     except StartupError as error:
         print(f"sqlrooms-server: {error}", file=sys.stderr)
         return 2
@@ -75,6 +77,13 @@ def _hide_token(arguments: Sequence[str]) -> None:
         os.environ[environment_variable("auth_token")] = token
         interpreter = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
         os.execv(sys.executable, [*interpreter, *rest])
+
+
+def _forget_secrets() -> None:
+    """Keep secrets from the processes that this one starts."""
+    for field in fields():
+        if field.metadata["secret"]:
+            os.environ.pop(environment_variable(field.name), None)
 
 
 def build_parser() -> argparse.ArgumentParser:

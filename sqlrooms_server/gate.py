@@ -34,6 +34,12 @@ log = logging.getLogger(__name__)
 # An auth message; anything longer from a stranger is not worth decoding.
 _MAX_AUTH_BYTES = 16 << 10
 
+# A message waits in memory until it is complete, and may be of any size that others may send. How
+# often it is looked who sends more than an auth message, and how much that is, with its frame and
+# what the TLS library reads ahead.
+_WATCH_SECONDS = 0.25
+_MAX_STRANGER_BYTES = 64 << 10
+
 _AUTH_ACK = encode({"type": "authAck"})
 
 _CLOSE_SECONDS = 2.0
@@ -75,6 +81,9 @@ class Gate:
         self._failures = Failures(settings.max_auth_failures)
         # Those that are connected and have not said who they are.
         self._strangers: Strangers[Peer] = Strangers(settings.max_strangers)
+        # What had come on their sockets before.
+        self._received: dict[Peer, int] = {}
+        self._is_watching = False
         # Those that are known.
         self._known: set[Peer] = set()
         # By how much is allowed. Over HTTP, where connections do not last, it is a user who may.
@@ -95,6 +104,9 @@ class Gate:
             file = self._access.read_again()
         except StartupError as error:
             log.error("The tokens stay as they were. %s", error)
+            return
+        except Exception:  # top guard of a signal: the thread that called stops the server, too
+            log.exception("The tokens stay as they were.")
             return
         self._post(self._use, file)
 
@@ -152,11 +164,13 @@ class Gate:
             self._admit(peer, peer.identity)
         else:
             self._strangers.add(peer, peer.remote_address)
+            self._received[peer] = peer.received_bytes
+            self._watch_strangers()
             self._after(self._settings.auth_timeout, peer, self._give_up)
 
     def closed(self, peer: Peer) -> None:
         """Its connection is gone."""
-        self._strangers.discard(peer)
+        self._no_stranger(peer)
         self._known.discard(peer)
         self._stop_timer(peer)
         for rates in self._rates.values():
@@ -258,13 +272,32 @@ class Gate:
 
     def _admit(self, peer: Peer, identity: Identity) -> None:
         peer.identify(identity)
-        self._strangers.discard(peer)
+        self._no_stranger(peer)
         self._known.add(peer)
         self._stop_timer(peer)
         if identity.expires_at is not None:
             # The clock may be set, or the machine sleep, which timers do not notice.
             seconds = min(identity.expires_at - time.time(), _LOOK_SECONDS)
             self._after(seconds, peer, self._expire)
+
+    def _no_stranger(self, peer: Peer) -> None:
+        self._strangers.discard(peer)
+        self._received.pop(peer, None)
+
+    def _watch_strangers(self) -> None:
+        if not self._is_watching and self._received:
+            self._is_watching = True
+            self._timers.after(_WATCH_SECONDS, lambda: self._post(self._look_at_strangers))
+
+    def _look_at_strangers(self) -> None:
+        """Disconnect those who send what only others may."""
+        self._is_watching = False
+        for peer, before in list(self._received.items()):
+            if peer.received_bytes - before > _MAX_STRANGER_BYTES:
+                self._disconnect(peer, "no token came first")
+                # It may go on sending for as long as it is open.
+                peer.abort()
+        self._watch_strangers()
 
     def _give_up(self, peer: Peer) -> None:
         if peer in self._strangers:

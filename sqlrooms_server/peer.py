@@ -10,6 +10,7 @@ from sqlrooms_server.access.roles import NOBODY, Identity, Role
 from sqlrooms_server.errors import ServerError
 from sqlrooms_server.protocol import encode_error
 from sqlrooms_server.transport import Connection, FrameSource, Source, Topic
+from sqlrooms_server.transport.received import received_bytes
 
 
 class Peer:
@@ -59,6 +60,11 @@ class Peer:
     @property
     def remote_address(self) -> str:
         return "" if self._connection is None else self._connection.remote_address
+
+    @property
+    def received_bytes(self) -> int:
+        """What came on its socket, complete messages or not; 0 where the system does not tell."""
+        return 0 if self._connection is None else received_bytes(self._connection)
 
     @property
     def is_behind(self) -> bool:

@@ -24,6 +24,9 @@ else:
 
 ENVIRONMENT_PREFIX = "SQLROOMS_"
 
+# A variable of a script that was never set must not open a server which was to be closed.
+_GUARDS = ("auth_token", "auth_token_file", "tokens", "sandbox")
+
 # Of a chunked upload: what may have been sent and not yet been consumed.
 UPLOAD_WINDOW_BYTES = 32 << 20
 
@@ -377,6 +380,12 @@ def load(
         if variable in environment:
             values[field.name] = parse(field, environment[variable], variable)
     values.update(flags)
+    for name in _GUARDS:
+        if values.get(name) == "":
+            raise StartupError(
+                f"{flag(name)} or {environment_variable(name)} is empty, which would protect "
+                "nothing; leave it out if that is meant."
+            )
     if values.get("auth_token_file"):
         if values.get("auth_token"):
             raise StartupError(

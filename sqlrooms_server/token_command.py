@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import getpass
 import hashlib
@@ -12,11 +13,12 @@ import re
 import secrets
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sqlrooms_server.access import Access
-from sqlrooms_server.access.roles import Identity
+from sqlrooms_server.access.key_files import read_key_file
+from sqlrooms_server.access.roles import Identity, is_user_name
 from sqlrooms_server.access.token_file import HASH_PREFIX, TokenFile, read_token_file
 from sqlrooms_server.errors import StartupError
 from sqlrooms_server.settings import Settings
@@ -86,6 +88,9 @@ def _expiry(text: str) -> datetime.date:
 
 
 def _new(options: argparse.Namespace) -> int:
+    for what, name in (("NAME", options.name), ("--role", options.role)):
+        if not is_user_name(name):
+            raise StartupError(f"{what} must be a name of 1 to 255 characters, none for control.")
     token = TOKEN_PREFIX + secrets.token_urlsafe(_TOKEN_BYTES)
     entry = _entry(options.name, options.role, options.expires, token)
     path: Path | None = options.tokens
@@ -95,7 +100,7 @@ def _new(options: argparse.Namespace) -> int:
     _add(path, entry)
     print(token)
     print(
-        f"Added [tokens.{json.dumps(options.name)}] to {path}. A server that runs reads it again "
+        f"Added [tokens.{_quoted(options.name)}] to {path}. A server that runs reads it again "
         "on SIGHUP.",
         file=sys.stderr,
     )
@@ -104,10 +109,9 @@ def _new(options: argparse.Namespace) -> int:
 
 def _entry(name: str, role: str, expires: datetime.date | None, token: str) -> str:
     digest = hashlib.sha256(token.encode()).hexdigest()
-    # A string of JSON is one of TOML, too.
     lines = [
-        f"[tokens.{json.dumps(name)}]",
-        f"role = {json.dumps(role)}",
+        f"[tokens.{_quoted(name)}]",
+        f"role = {_quoted(role)}",
         f'hash = "{HASH_PREFIX}{digest}"',
     ]
     if expires is not None:
@@ -115,33 +119,61 @@ def _entry(name: str, role: str, expires: datetime.date | None, token: str) -> s
     return "\n".join(lines) + "\n"
 
 
+def _quoted(text: str) -> str:
+    """``text`` as a string of JSON, which is one of TOML, too, without surrogates."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _add(path: Path, entry: str) -> None:
     """Add ``entry`` to the file ``path``, which is as it was when that is not right."""
-    try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartupError(f"Cannot read the token file {path}: {error}.") from error
     place = path.resolve()
     try:
-        # Created readable for its owner only. Relative paths in it count from its directory.
-        descriptor, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(f"{text.rstrip()}\n\n{entry}" if text.strip() else entry)
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                read_token_file(Path(name))
-            except StartupError as error:
-                raise StartupError(str(error).replace(name, str(path))) from error
-            if place.exists():
-                os.chmod(name, place.stat().st_mode & 0o777)
-            os.replace(name, place)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with _alone_in(place.parent):
+            before = read_key_file(path, "token file").rstrip() if path.exists() else b""
+            _replace(path, place, b"\n\n".join(filter(None, (before, entry.encode()))))
     except OSError as error:
         raise StartupError(f"Cannot write the token file {path}: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Let other commands wait, or one would overwrite what another one adds."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, place: Path, data: bytes) -> None:
+    """Make ``data`` the contents of ``place``, which ``path`` leads to, if they are right."""
+    # Created readable for its owner only. Relative paths in it count from its directory.
+    descriptor, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            read_token_file(Path(name))
+        except StartupError as error:
+            raise StartupError(str(error).replace(name, str(path))) from error
+        if place.exists():
+            known, made = place.stat(), os.stat(name)
+            if (known.st_uid, known.st_gid) != (made.st_uid, made.st_gid):
+                # The server must be able to read it again, whoever calls this.
+                os.chown(name, known.st_uid, known.st_gid)
+            os.chmod(name, known.st_mode & 0o777)
+        os.replace(name, place)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+import psutil
 import pyarrow as pa
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -283,6 +284,27 @@ def test_strangers_have_little_time(launch: Callable[..., LocalServer]) -> None:
             assert late.request(type="auth", token="t") == {"type": "authAck"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a socket has received")
+def test_strangers_fill_no_memory(launch: Callable[..., LocalServer]) -> None:
+    """A message that is not complete is kept until it is, or the time of its sender is over."""
+    server = launch(auth_token="t", auth_timeout=3600)
+    with server.connect() as stranger, server.connect() as other:
+        raw = stranger.socket.socket
+        raw.sendall(b"\x82\xff" + (100 << 20).to_bytes(8, "big") + bytes(4))
+        deadline = time.monotonic() + DEADLINE
+        # Its own thread may close the socket first.
+        with pytest.raises(OSError):
+            for _ in range(99):
+                raw.sendall(bytes(1 << 20))
+            while time.monotonic() < deadline:
+                raw.sendall(b"x")
+                time.sleep(0.001)
+        assert other.request(type="auth", token="t") == {"type": "authAck"}
+        # Who is known sends what it likes.
+        table = pa.table({"a": list(range(100_000))})
+        assert other.upload(table, tableName="t", queryId=1)["type"] == "uploadAck"
+
+
 def test_guessing_ends_after_some_failures(launch: Callable[..., LocalServer]) -> None:
     server = launch(auth_token="right", max_auth_failures=3)
     with server.connect("/?token=right") as known:
@@ -356,7 +378,7 @@ def test_it_ends_with_its_terminal(tmp_path: Path) -> None:
 def test_a_token_is_nowhere_to_be_seen(serve: Callable[..., ServerProcess]) -> None:
     secret = "TOP-SECRET-TOKEN"
     arguments = ("--auth-token", secret, "--log-level", "debug", "--query-timeout", "77")
-    process = serve(*arguments, start=started)
+    process = serve(*arguments, "--sync", start=started)
     command_line = Path(f"/proc/{process.pid}/cmdline")
     if command_line.exists():
         shown = command_line.read_bytes()
@@ -375,6 +397,9 @@ def test_a_token_is_nowhere_to_be_seen(serve: Callable[..., ServerProcess]) -> N
         reply = wire.request(type="exec", queryId=1, sql=sql)
         secrets = wire.request(type="json", queryId=2, sql="select * from duckdb_secrets()")
         settings = wire.request(type="json", queryId=3, sql="select * from duckdb_settings()")
+        assert wire.request(type="crdt-join", roomId="r")["type"] == "crdt-joined"
+        (documents,) = psutil.Process(process.pid).children()
+        assert secret not in json.dumps([documents.environ(), documents.cmdline()])
     assert process.stop() == 0
     told = [body, process.welcome, process.errors, json.dumps([reply, secrets, settings])]
     for text in told:

@@ -122,6 +122,19 @@ def test_the_token_comes_from_a_file(tmp_path: Path) -> None:
         load({"auth_token_file": str(tmp_path / "none")}, {})
 
 
+@pytest.mark.parametrize("name", ["auth_token", "auth_token_file", "tokens", "sandbox"])
+def test_what_protects_is_not_empty(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text(f'{name} = " "\n')
+    for flags, environment, config in (
+        ({name: ""}, {}, None),
+        ({}, {f"SQLROOMS_{name.upper()}": " "}, None),
+        ({}, {}, str(path)),
+    ):
+        with pytest.raises(StartupError, match="is empty, which would protect nothing"):
+            load(flags, environment, config)
+
+
 def test_the_token_is_never_shown() -> None:
     assert "s3cret" not in repr(Settings(auth_token="s3cret"))
 
