@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from sqlrooms_server.access import EVERYBODY, Access, Identity
 from sqlrooms_server.access.failures import Failures
+from sqlrooms_server.access.roles import Role
+from sqlrooms_server.access.strangers import Strangers
 from sqlrooms_server.access.token_file import TokenFile
 from sqlrooms_server.errors import Busy, ServerError, StartupError, Unauthorized
 from sqlrooms_server.messages import (
@@ -35,6 +37,9 @@ _MAX_AUTH_BYTES = 16 << 10
 _AUTH_ACK = encode({"type": "authAck"})
 
 _CLOSE_SECONDS = 2.0
+
+# How often it is looked whether a token has expired, besides when it should have.
+_LOOK_SECONDS = 60.0
 
 # RFC 6455, section 7.4, and its registry: "Policy Violation", and "Service Restart", after which
 # clients come back.
@@ -69,11 +74,11 @@ class Gate:
         self._post = post
         self._failures = Failures(settings.max_auth_failures)
         # Those that are connected and have not said who they are.
-        self._strangers: set[Peer] = set()
+        self._strangers: Strangers[Peer] = Strangers(settings.max_strangers)
         # Those that are known.
         self._known: set[Peer] = set()
-        # By how much is allowed.
-        self._rates: dict[int, Rates[Peer]] = {}
+        # By how much is allowed. Over HTTP, where connections do not last, it is a user who may.
+        self._rates: dict[int, Rates[Peer | str]] = {}
         # When a stranger has waited too long, and when an identity expires.
         self._deadlines: dict[Peer, Timer] = {}
 
@@ -128,12 +133,15 @@ class Gate:
             peer.is_refused = True
         elif found is not None:
             peer.identify(found)
-        elif len(self._strangers) >= self._settings.max_strangers:
-            return Refusal(
-                503,
-                f"{len(self._strangers)} connections have not presented a token yet, which is the "
-                "limit (--max-strangers). Present it with the upgrade.\n",
-            )
+        elif not self._strangers.has_room():
+            other = self._strangers.in_the_way_of(request.remote_address)
+            if other is None:
+                return Refusal(
+                    503,
+                    f"{len(self._strangers)} connections have not presented a token yet, which is "
+                    "the limit (--max-strangers). Present it with the upgrade.\n",
+                )
+            self._disconnect(other, "others want to come, too (--max-strangers)")
         return peer
 
     def opened(self, peer: Peer) -> None:
@@ -143,7 +151,7 @@ class Gate:
         elif peer.identity is not None:
             self._admit(peer, peer.identity)
         else:
-            self._strangers.add(peer)
+            self._strangers.add(peer, peer.remote_address)
             self._after(self._settings.auth_timeout, peer, self._give_up)
 
     def closed(self, peer: Peer) -> None:
@@ -188,15 +196,17 @@ class Gate:
 
     def check_rate(self, peer: Peer, message: Message) -> None:
         """Raise ``Busy`` when ``peer`` asks more often than its role may."""
-        rate = peer.role.request_rate
-        if rate and not isinstance(message, _NO_REQUESTS):
-            rates = self._rates.setdefault(rate, Rates(rate))
-            if not rates.allows(peer):
-                text = (
-                    f"This connection sends more than {rate} requests a second, which is the "
-                    f"limit of role {peer.role.name!r}."
-                )
-                raise Busy(text, getattr(message, "query_id", None))
+        role = peer.role
+        if not isinstance(message, _NO_REQUESTS) and not self._may_ask(role, peer):
+            text = (
+                f"This connection sends more than {role.request_rate} requests a second, which is "
+                f"the limit of role {role.name!r}."
+            )
+            raise Busy(text, getattr(message, "query_id", None))
+
+    def _may_ask(self, role: Role, key: Peer | str) -> bool:
+        rate = role.request_rate
+        return not rate or self._rates.setdefault(rate, Rates(rate)).allows(key)
 
     def identity_of(self, request: HttpRequest) -> Identity | Refusal:
         """Who sent ``request``, or why it is not answered."""
@@ -205,7 +215,12 @@ class Gate:
             return refusal
         if not self.needs_token:
             return EVERYBODY
-        return self._credentials(request) or Refusal(401, _UNAUTHORIZED)
+        found = self._credentials(request) or Refusal(401, _UNAUTHORIZED)
+        if isinstance(found, Refusal) or self._may_ask(found.role, found.user):
+            return found
+        role = found.role
+        text = f"More than {role.request_rate} requests a second, the limit of role {role.name!r}."
+        return Refusal(429, text)
 
     def known(self, request: HttpRequest) -> Identity | None:
         """Who sent ``request``, which is answered in any case; None for a stranger."""
@@ -247,7 +262,9 @@ class Gate:
         self._known.add(peer)
         self._stop_timer(peer)
         if identity.expires_at is not None:
-            self._after(identity.expires_at - time.time(), peer, self._expire)
+            # The clock may be set, or the machine sleep, which timers do not notice.
+            seconds = min(identity.expires_at - time.time(), _LOOK_SECONDS)
+            self._after(seconds, peer, self._expire)
 
     def _give_up(self, peer: Peer) -> None:
         if peer in self._strangers:
@@ -258,7 +275,6 @@ class Gate:
         identity = peer.identity
         if identity is None or identity.expires_at is None or peer not in self._known:
             return
-        # The clock may have been set back, and another token may have come meanwhile.
         if identity.expires_at > time.time():
             self._admit(peer, identity)
         else:
@@ -287,7 +303,3 @@ class Gate:
         timer = self._deadlines.pop(peer, None)
         if timer is not None:
             timer.cancel()
-
-
-def _is_same(one: Identity, other: Identity) -> bool:
-    return one.user == other.user and one.role == other.role

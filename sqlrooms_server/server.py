@@ -358,12 +358,13 @@ class Server:
         self._gate.opened(peer)
 
     def message(self, connection: Connection, data: bytes, is_text: bool) -> None:
-        if not self._is_ready:
-            self._keep_early(connection, data, is_text)
-            return
         peer: Peer = connection.handler_data
         if peer.identity is None:
+            # Needs no database, and they have little time.
             self._gate.message(peer, data, is_text)
+            return
+        if not self._is_ready:
+            self._keep_early(connection, data, is_text)
             return
         try:
             message = decode(data, is_text=is_text, limits=self._limits)

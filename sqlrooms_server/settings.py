@@ -408,19 +408,21 @@ def parse(field: dataclasses.Field[Any], text: str, source: str) -> Any:
     return text
 
 
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The TOML file ``path``, which errors call ``what``. Raises ``StartupError``."""
+def parse_toml(data: bytes, path: Path, what: str) -> dict[str, Any]:
+    """``data`` of the TOML file ``path``, which errors call ``what``. Raises ``StartupError``."""
     try:
-        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StartupError(f"Cannot read the {what} {path}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table: dict[str, Any] = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
         raise StartupError(f"The {what} {path} is not valid TOML: {error}.") from error
     return table
 
 
 def _from_file(path: Path) -> dict[str, Any]:
-    table = read_toml(path, "settings file")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StartupError(f"Cannot read the settings file {path}: {error.strerror}.") from error
+    table = parse_toml(data, path, "settings file")
     known = {field.name: field for field in fields()}
     values = {}
     for key, value in table.items():

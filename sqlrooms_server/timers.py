@@ -11,6 +11,9 @@ from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
+# Python refuses to wait for centuries, and would end the thread.
+_LONGEST_WAIT = 3600.0
+
 # Cancelled timers stay in the heap until their time; with more than this many, and more than
 # those that are alive, they are cleared away.
 _MAX_CANCELLED = 256
@@ -80,9 +83,8 @@ class Timers:
         while True:
             with self._changed:
                 while not self._closed and (not self._heap or self._heap[0][0] > time.monotonic()):
-                    self._changed.wait(
-                        max(0.0, self._heap[0][0] - time.monotonic()) if self._heap else None
-                    )
+                    left = self._heap[0][0] - time.monotonic() if self._heap else _LONGEST_WAIT
+                    self._changed.wait(min(max(0.0, left), _LONGEST_WAIT))
                 if self._closed:
                     return
                 timer = heapq.heappop(self._heap)[2]

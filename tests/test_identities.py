@@ -36,6 +36,7 @@ write_rooms = ["notes"]
 
 [roles.hasty]
 request_rate = 2
+write_channels = ["wall"]
 
 [roles.modest]
 max_result_rows = 3
@@ -181,6 +182,8 @@ def test_requests_of_a_hasty_role(shared: LocalServer) -> None:
         }
         # It ends what it began whenever it likes.
         assert wire.request(type="cancel", queryId=1)["type"] == "cancelAck"
+    statuses = {http_status(shared, "POST", "/channels/wall", "eve-token", 1) for _ in range(20)}
+    assert statuses == {200, 429}
 
 
 def test_results_of_a_modest_role(shared: LocalServer) -> None:
@@ -267,8 +270,14 @@ def test_strangers_have_little_time(launch: Callable[..., LocalServer]) -> None:
         assert b"--max-strangers" in (refused.value.response.body or b"")
         with server.connect("/?token=t") as other:
             assert other.rows("select 1 as a") == [{"a": 1}]
-        code, received = close_code(silent)
-        assert code == 1008 and "--auth-timeout" in received[0]["error"]
+        # One address cannot keep all others out.
+        with server.connect(source_address=("127.0.0.2", 0)) as elsewhere:
+            code, received = close_code(silent)
+            assert code == 1008 and "--max-strangers" in received[0]["error"]
+            assert elsewhere.request(type="auth", token="t") == {"type": "authAck"}
+        with server.connect() as slow:
+            code, received = close_code(slow)
+            assert code == 1008 and "--auth-timeout" in received[0]["error"]
         assert known.rows("select 1 as a") == [{"a": 1}]
         with server.connect() as late:
             assert late.request(type="auth", token="t") == {"type": "authAck"}

@@ -61,3 +61,14 @@ def test_closing_calls_nothing_more() -> None:
     timers.after(3600, lambda: called.append(1))
     timers.close()
     assert called == []
+
+
+def test_a_timer_may_be_centuries_away(timers: Timers) -> None:
+    timers.after(1e11, lambda: None)
+    called = threading.Event()
+    timers.after(0.01, called.set)
+    # The thread waits for the one that is far away now.
+    assert called.wait(DEADLINE)
+    called.clear()
+    timers.after(0.01, called.set)
+    assert called.wait(DEADLINE)

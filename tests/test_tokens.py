@@ -7,7 +7,9 @@ import datetime
 import hashlib
 import hmac
 import io
+import itertools
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -20,7 +22,12 @@ import duckdb
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 
 from sqlrooms_server import token_command
 from sqlrooms_server.access import Access
@@ -85,13 +92,24 @@ ENTRY = f'[tokens.ada]\nrole = "admin"\nhash = "{digest("t")}"\n'
         ("[proxy]\nuser_header = 'x-user'\nrole = 'r'", "names the role 'r'"),
         ("[[tokens]]", "must be tables"),
         ("=", "is not valid TOML"),
+        ("a = " + 5000 * "1", "is not valid TOML"),
+        ("a = " + 100_000 * "[", "is not valid TOML"),
+        ("#" * (17 << 20), "has more than 16777216 bytes"),
     ],
+    # Not the texts, some of which are long.
+    ids=itertools.count(),
 )
 def test_mistakes_are_named(write: Callable[[str], Path], text: str, problem: str) -> None:
     path = write(text)
     with pytest.raises(StartupError) as raised:
         read_token_file(path)
     assert problem.format(path=path) in str(raised.value)
+
+
+def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StartupError, match="is no regular file"):
+        read_token_file(tmp_path / "pipe")
 
 
 def test_a_role_allows_what_it_names_and_otherwise_reads(write: Callable[[str], Path]) -> None:
@@ -204,6 +222,10 @@ def test_signed_tokens_with_a_secret(write: Callable[[str], Path], tmp_path: Pat
         {"aud": "other"},
         {"sub": ""},
         {"sub": 5},
+        # Others see it, and must be able to.
+        {"sub": "\ud800"},
+        {"sub": "\x1b[31m"},
+        {"sub": "x" * 256},
         {"role": "writer"},
         {"role": ["reader"]},
         {"nbf": time.time() + 90},
@@ -282,10 +304,11 @@ def test_signed_tokens_with_a_key_set(
     ("kind", "content", "problem"),
     [
         ("secret_file", "short", "has 5 bytes; a secret needs at least 32"),
-        ("public_key_file", "no key", "holds no RSA key"),
-        ("jwks_file", "no json", "holds no RSA key"),
-        ("jwks_file", '{"keys": []}', "holds no RSA key"),
-        ("jwks_file", "[]", "holds no RSA key"),
+        ("secret_file", "-----BEGIN PUBLIC KEY-----\n" + SECRET, "holds a key as PEM"),
+        ("public_key_file", "no key", "holds no public RSA key"),
+        ("jwks_file", "no json", "holds no public RSA key"),
+        ("jwks_file", '{"keys": []}', "holds no public RSA key"),
+        ("jwks_file", "[]", "holds no public RSA key"),
     ],
 )
 def test_keys_that_are_none(
@@ -294,6 +317,79 @@ def test_keys_that_are_none(
     (tmp_path / "key").write_text(content)
     with pytest.raises(StartupError, match=problem):
         read_token_file(write(f'[jwt]\n{kind} = "key"\n'))
+
+
+def test_keys_that_check_no_signatures(
+    write: Callable[[str], Path], tmp_path: Path, keys: list[rsa.RSAPrivateKey]
+) -> None:
+    private = keys[0].private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    # Made by openssl: the library warns of keys so small.
+    small = """-----BEGIN PUBLIC KEY-----
+MIGfMA0GCSqGSIb3DQEBAQUAA4GNADCBiQKBgQC3j8UKptUZ/l2i4kKmCH1JPP95
+IwL7LleaMdEr1p32cbxt3OsJgu/RDHem7xvu7Jjo6a9X1o4YHGipyaGC14lpsdGI
+qrnPODUr0PC0s1qEPBG7KugyJ3L84NpbmBz8/uTGx5SyHBXca+XK6DxWQZ1rsAX2
+/CPbZM1oZeZH/5/r0wIDAQAB
+-----END PUBLIC KEY-----
+"""
+    entry = {**json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(keys[0])), "kid": "k"}
+    for kind, content, problem in (
+        ("public_key_file", private.decode(), "it is a private key"),
+        ("jwks_file", json.dumps({"keys": [entry]}), "it is a private key"),
+        ("public_key_file", small, "it has 1024 bits"),
+    ):
+        (tmp_path / "key").write_text(content)
+        with pytest.raises(StartupError, match=problem):
+            read_token_file(write(f'[jwt]\n{kind} = "key"\n'))
+
+
+@pytest.mark.parametrize(
+    ("change", "holds"),
+    [
+        (("# other", "# another"), True),
+        (("[roles.other]", "[roles.third]"), True),
+        (('role = "reader"', 'role = "other"'), False),
+        (('audience = "db"', 'audience = "other"'), False),
+        (('user_claim = "sub"', 'user_claim = "email"'), False),
+        ((None, 0), False),
+        ((None, 1), True),
+    ],
+)
+def test_rules_that_change_hold_for_those_who_are_there(
+    write: Callable[[str], Path],
+    tmp_path: Path,
+    keys: list[rsa.RSAPrivateKey],
+    change: tuple[Any, Any],
+    holds: bool,
+) -> None:
+    """A key that was stolen is good for no connection any more when it is taken out."""
+    encode = jwt.algorithms.RSAAlgorithm.to_jwk
+    entries = [
+        {**json.loads(encode(key.public_key())), "kid": f"k{number}"}
+        for number, key in enumerate(keys)
+    ]
+    text = """# other
+        [roles.reader]
+        [roles.other]
+        [jwt]
+        jwks_file = "jwks.json"
+        role = "reader"
+        audience = "db"
+        user_claim = "sub"
+        """
+    (tmp_path / "jwks.json").write_text(json.dumps({"keys": entries}))
+    found = access(write(text))
+    fields = {"sub": "eve", "exp": time.time() + 60, "aud": "db"}
+    before = found.identify(jwt.encode(fields, keys[0], algorithm="RS256", headers={"kid": "k0"}))
+    assert before is not None and before.role.name == "reader"
+    old, new = change
+    if isinstance(new, int):
+        del entries[new]
+        (tmp_path / "jwks.json").write_text(json.dumps({"keys": entries}))
+    else:
+        write(text.replace(old, new))
+    found.use(found.read_again())
+    after = found.renewed(before)
+    assert after is not None and (after.role == before.role) is holds
 
 
 def test_users_of_a_trusted_proxy(write: Callable[[str], Path]) -> None:
@@ -314,6 +410,14 @@ def test_users_of_a_trusted_proxy(write: Callable[[str], Path]) -> None:
     assert user({"x-user": " "}) is None
     assert user({}) is None
     assert user({"x-user": "ada"}, False) is None
+
+    request = HttpRequest("GET", "/", "", {"x-user": "ada"}, "10.0.0.1", is_from_proxy=True)
+    before = found.of_proxy(request)
+    assert before is not None and found.renewed(before) == before
+    path.write_text(path.read_text().replace('role = "reader"', 'role = "admin"'))
+    found.use(found.read_again())
+    after = found.renewed(before)
+    assert after is not None and after.role.name == ""
 
 
 def test_failures_are_counted_by_address() -> None:

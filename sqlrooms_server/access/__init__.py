@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qs
 
 from sqlrooms_server.access.origins import Origins, is_loopback
-from sqlrooms_server.access.roles import ADMIN, Identity
+from sqlrooms_server.access.roles import ADMIN, NOBODY, Identity, is_user_name
 from sqlrooms_server.access.signed import SIGNED
 from sqlrooms_server.access.token_file import TokenEntry, TokenFile, read_token_file
 from sqlrooms_server.settings import Settings
@@ -66,7 +67,8 @@ class Access:
     def renewed(self, identity: Identity) -> Identity | None:
         """``identity`` by the rules that hold now; None when they no longer know it.
 
-        What was signed stays right until it expires.
+        What was signed stays right until it expires. One that was made by other rules, or another
+        key, may do nothing: only its token, or its proxy, can tell whether it is still right.
         """
         file = self._file
         if identity.source == _SHARED or file is None:
@@ -79,8 +81,8 @@ class Access:
         role = file.roles.get(identity.role.name)
         if known is None or role is None:
             return None
-        user = identity.user
-        return Identity(user, role.of(user), identity.source, expires_at=identity.expires_at)
+        role = role.of(identity.user) if known.made(identity) else NOBODY
+        return replace(identity, role=role)
 
     def of_proxy(self, request: HttpRequest) -> Identity | None:
         """Whom a trusted proxy names; None when it names nobody."""
@@ -94,7 +96,9 @@ class Access:
         role = proxy.role
         if proxy.role_header is not None and request.headers.get(proxy.role_header):
             role = self._file.roles.get(request.headers[proxy.role_header].strip())
-        return Identity(user, role.of(user), _PROXY) if user and role is not None else None
+        if role is None or not is_user_name(user):
+            return None
+        return Identity(user, role.of(user), _PROXY, proxy.digest)
 
     @property
     def proxy_headers(self) -> tuple[str, ...]:

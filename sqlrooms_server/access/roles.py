@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 from sqlrooms_server.db.policy import UNRESTRICTED, Policy
 
 _USER = "{user}"
+
+# Others see it, in terminals too: neither control characters nor halves of surrogate pairs.
+_NAME = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,255}")
+
+
+def is_user_name(name: object) -> TypeGuard[str]:
+    """Whether ``name`` can be that of a user."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 class Names:
@@ -107,8 +116,8 @@ class Identity:
     """Somebody whose credentials were right.
 
     ``user`` is empty for those who share one token, or need none. ``source`` tells what made it,
-    see :class:`access.Access`; ``digest`` is the SHA-256 of its token in the file of tokens.
-    ``expires_at`` is in seconds since 1970.
+    see :class:`access.Access`; ``digest`` is the SHA-256 of its token in the file of tokens, or of
+    the rules that it was made by. ``expires_at`` is in seconds since 1970.
     """
 
     user: str

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlrooms_server.access.roles import Identity, Role
+from sqlrooms_server.access.key_files import read_key_file
+from sqlrooms_server.access.roles import Identity, Role, is_user_name
 from sqlrooms_server.errors import StartupError
 
 SIGNED = "signed token"
 
 # RFC 7518, section 3.2: a key of HS256 has at least as many bits as its hash.
 _MIN_SECRET_BYTES = 32
+
+# RFC 7518, section 3.3: keys of RS256 have at least so many.
+_MIN_RSA_BITS = 2048
 
 # Seconds by which clocks may differ.
 _LEEWAY = 30
@@ -25,16 +30,24 @@ _MALFORMED = (ValueError, TypeError, AttributeError, ArithmeticError, RecursionE
 # In seconds since 1970: no timer goes further.
 _FOR_EVER = 1e11
 
-# Which key a token was signed with: by its header, None when there is no such key.
-_FindKey = Callable[[Mapping[str, Any]], Any]
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """A key to check signatures with. ``digest`` tells it from others."""
+
+    key: Any
+    digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class SignedTokens:
-    """What makes a signed token right. One algorithm only, whatever the token says itself."""
+    """What makes a signed token right. One algorithm only, whatever the token says itself.
+
+    ``keys`` are named as tokens do in ``kid``, or None for one that has no name.
+    """
 
     algorithm: str
-    find_key: _FindKey = field(repr=False)
+    keys: Mapping[str | None, _Key] = field(repr=False)
     issuer: str | None
     audience: str | None
     user_claim: str
@@ -47,12 +60,12 @@ class SignedTokens:
         import jwt
 
         try:
-            key = self.find_key(jwt.get_unverified_header(token))
+            key = self._key(jwt.get_unverified_header(token).get("kid"))
             if key is None:
                 return None
             claims = jwt.decode(
                 token,
-                key,
+                key.key,
                 algorithms=[self.algorithm],
                 issuer=self.issuer,
                 audience=self.audience,
@@ -65,9 +78,24 @@ class SignedTokens:
         user = claims.get(self.user_claim)
         name = claims.get(self.role_claim)
         role = self.default_role if name is None else self._role(name)
-        if not isinstance(user, str) or not user or role is None:
+        if not is_user_name(user) or role is None:
             return None
-        return Identity(user, role.of(user), SIGNED, expires_at=expires_at)
+        return Identity(user, role.of(user), SIGNED, self._basis(key), expires_at)
+
+    def made(self, identity: Identity) -> bool:
+        """Whether ``identity`` comes from one of these keys, by these very rules."""
+        return any(self._basis(key) == identity.digest for key in self.keys.values())
+
+    def _key(self, name: Any) -> _Key | None:
+        if len(self.keys) == 1 and (name is None or None in self.keys):
+            # Then a token need not name it.
+            return next(iter(self.keys.values()))
+        return self.keys.get(name)
+
+    def _basis(self, key: _Key) -> bytes:
+        role = None if self.default_role is None else self.default_role.name
+        rules = (self.issuer, self.audience, self.user_claim, self.role_claim, role)
+        return hashlib.sha256(key.digest + repr(rules).encode()).digest()
 
     def _role(self, name: Any) -> Role | None:
         return self.roles.get(name) if isinstance(name, str) else None
@@ -95,52 +123,62 @@ def open_signed_tokens(
             "Signed tokens ([jwt] in the token file) need the package PyJWT, which is not "
             "installed: pip install 'sqlrooms-server[jwt]'."
         ) from error
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StartupError(f"Cannot read the {kind} {path}: {error.strerror}.") from error
+    data = read_key_file(path, kind)
+    keys: dict[str | None, _Key]
     if kind == "secret_file":
-        algorithm, find_key = "HS256", _secret(data.strip(), path)
+        algorithm, keys = "HS256", {None: _secret(data.strip(), path)}
     else:
         algorithm = "RS256"
         try:
-            find_key = _public_key(data) if kind == "public_key_file" else _key_set(data)
+            keys = _key_set(data) if kind == "jwks_file" else {None: _public_key(data)}
         except (jwt.PyJWTError, *_MALFORMED) as error:
-            raise StartupError(f"The {kind} {path} holds no RSA key: {error}.") from error
+            raise StartupError(f"The {kind} {path} holds no public RSA key: {error}.") from error
     return SignedTokens(
-        algorithm, find_key, issuer, audience, user_claim, role_claim, default_role, roles
+        algorithm, keys, issuer, audience, user_claim, role_claim, default_role, roles
     )
 
 
-def _secret(secret: bytes, path: Path) -> _FindKey:
+def _secret(secret: bytes, path: Path) -> _Key:
     if len(secret) < _MIN_SECRET_BYTES:
         raise StartupError(
             f"The secret_file {path} has {len(secret)} bytes; a secret needs at least "
             f"{_MIN_SECRET_BYTES} random ones: openssl rand -hex 32."
         )
-    return lambda header: secret
+    if secret.startswith(b"-----BEGIN "):
+        # What can be read by everybody is no secret, and PyJWT takes no such key.
+        raise StartupError(f"The secret_file {path} holds a key as PEM; it needs random bytes.")
+    return _Key(secret, hashlib.sha256(secret).digest())
 
 
-def _public_key(data: bytes) -> _FindKey:
+def _public_key(data: bytes) -> _Key:
+    from cryptography.exceptions import UnsupportedAlgorithm
     from jwt.algorithms import RSAAlgorithm
 
-    key = RSAAlgorithm(RSAAlgorithm.SHA256).prepare_key(data)
-    return lambda header: key
+    try:
+        return _rsa_key(RSAAlgorithm(RSAAlgorithm.SHA256).prepare_key(data))
+    except UnsupportedAlgorithm as error:
+        raise ValueError(str(error)) from error
 
 
-def _key_set(data: bytes) -> _FindKey:
-    """The keys of a JSON Web Key Set (RFC 7517), which tokens name by ``kid``."""
+def _rsa_key(key: Any) -> _Key:
+    """``key`` when it is good for checking signatures. Raises ``ValueError``."""
+    if not hasattr(key, "verify"):
+        raise ValueError("it is a private key, which belongs to the program that signs")
+    if key.key_size < _MIN_RSA_BITS:
+        raise ValueError(f"it has {key.key_size} bits; {_MIN_RSA_BITS} are needed")
+    numbers = key.public_numbers()
+    return _Key(key, hashlib.sha256(repr((numbers.n, numbers.e)).encode()).digest())
+
+
+def _key_set(data: bytes) -> dict[str | None, _Key]:
+    """The keys of a JSON Web Key Set (RFC 7517)."""
     import jwt
 
     keys = {
-        key.key_id: key.key
+        key.key_id: _rsa_key(key.key)
         for key in jwt.PyJWKSet.from_dict(json.loads(data)).keys
         if key.key_type == "RSA" and key.public_key_use in (None, "sig")
     }
     if not keys:
         raise ValueError("it has no key of type RSA for signatures")
-    if len(keys) == 1:
-        # Then a token need not name it.
-        ((only, key),) = keys.items()
-        return lambda header: key if header.get("kid") in (None, only) else None
-    return lambda header: keys.get(header.get("kid"))
+    return keys

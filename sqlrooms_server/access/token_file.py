@@ -7,21 +7,22 @@ A role allows what it names, and otherwise only reading the database. Mistakes e
 from __future__ import annotations
 
 import datetime
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlrooms_server.access.roles import ADMIN, Names, Role
+from sqlrooms_server.access.key_files import read_key_file
+from sqlrooms_server.access.roles import ADMIN, Identity, Names, Role, is_user_name
 from sqlrooms_server.access.signed import SignedTokens, open_signed_tokens
 from sqlrooms_server.db.policy import KINDS, Policy
 from sqlrooms_server.errors import StartupError
-from sqlrooms_server.settings import read_toml
+from sqlrooms_server.settings import parse_toml
 
 HASH_PREFIX = "sha256:"
 _HASH = re.compile(rf"{HASH_PREFIX}[0-9a-f]{{64}}")
-_NAME = re.compile(r"[^\x00-\x1f\x7f]{1,255}")
 
 _MAX_NUMBER = 1 << 53
 
@@ -44,6 +45,16 @@ class ProxyUsers:
     role: Role | None
     role_header: str | None
 
+    def made(self, identity: Identity) -> bool:
+        """Whether ``identity`` comes from these very rules."""
+        return identity.digest == self.digest
+
+    @property
+    def digest(self) -> bytes:
+        """Tells these rules from others."""
+        role = None if self.role is None else self.role.name
+        return hashlib.sha256(repr((self.user_header, role, self.role_header)).encode()).digest()
+
 
 @dataclass(frozen=True, slots=True)
 class TokenFile:
@@ -57,7 +68,8 @@ class TokenFile:
 
 def read_token_file(path: Path) -> TokenFile:
     """The contents of ``path``. Raises ``StartupError``."""
-    table = _Table(read_toml(path, "token file"), "", path)
+    what = "token file"
+    table = _Table(parse_toml(read_key_file(path, what), path, what), "", path)
     roles = {"admin": ADMIN}
     for name, entry in table.tables("roles"):
         if name in roles:
@@ -101,7 +113,7 @@ class _Table:
         for name, values in found.items():
             if not isinstance(values, dict):
                 raise self.error(f"{key}.{name}", "must be a table")
-            if not _NAME.fullmatch(name):
+            if not is_user_name(name):
                 raise self.error(f"{key}.{name!r}", "must be a name of 1 to 255 characters")
             entries.append((name, _Table(values, f"{key}.{name}", self._path)))
         return entries
@@ -202,6 +214,8 @@ def _token(name: str, entry: _Table, roles: Mapping[str, Role]) -> TokenEntry:
     if role is None:
         raise entry.error("role", f"is missing; it is one of {_listed(roles)}")
     user = entry.text("user") or name
+    if not is_user_name(user):
+        raise entry.error("user", "must be a name of 1 to 255 characters")
     token = TokenEntry(
         user, role, bytes.fromhex(text.removeprefix(HASH_PREFIX)), entry.moment("expires")
     )
