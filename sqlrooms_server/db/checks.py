@@ -17,7 +17,7 @@ from sqlrooms_server.db.effects import has_changing_word
 from sqlrooms_server.db.functions import CHANGING, FILE_READERS, GENERATORS, METADATA, is_harmless
 from sqlrooms_server.db.plans import MAX_PLANNED_LENGTH, Plan, Unplannable, plan_of
 from sqlrooms_server.db.policy import Policy
-from sqlrooms_server.db.statements import Statements
+from sqlrooms_server.db.statements import Statements, quote_identifier
 from sqlrooms_server.db.untyped import without_parameters
 from sqlrooms_server.db.words import Token
 from sqlrooms_server.errors import QueryError
@@ -87,7 +87,9 @@ class Check:
         self._guard = guard
         self._native = native
         self._policy = policy
+        # Macros that were looked into, and what they are defined as.
         self._macros: set[str] = set()
+        self._definitions: list[str] = []
         # Otherwise only kinds and extensions matter.
         self._is_closed = policy.is_inside or policy.read_only
         self._reads_files = not policy.is_inside or (
@@ -214,6 +216,7 @@ class Check:
             [name],
         ).fetchall()
         for (definition,) in found:
+            self._definitions.append(definition)
             tokens = self._tokens(definition, is_statement=False)
             self._calls(tokens)
             self._file_names(tokens)
@@ -370,6 +373,7 @@ class Check:
         if error.kind == "not implemented" or reason.endswith("does not support serialization"):
             # DuckDB writes no plan of what reads files. Words have told all that is called.
             if self._reads_files and not (self._policy.read_only and has_changing_word(sql)):
+                self._tables_alone(sql)
                 return None
             self._refuse("This statement", f"DuckDB does not tell what it does: {reason}")
         if error.kind in ("internal", "invalid input", "invalid"):
@@ -379,6 +383,23 @@ class Check:
             reason = reason.splitlines()[0]
         prefix = f"{error.kind.title()} Error: " if error.kind else ""
         raise QueryError(prefix + reason)
+
+    def _tables_alone(self, sql: str) -> None:
+        """Of a statement that reads files: what it reads besides. A view may hide anything."""
+        texts = [sql, *self._definitions]
+        names = {
+            ".".join(quote_identifier(part.text) for part in parts)
+            for text in texts
+            for parts in words.table_names(self._tokens(text, is_statement=False))
+            if parts[0].kind != "string"
+        }
+        for name in sorted(names):
+            try:
+                plan = plan_of(self._native, f"FROM {name}")
+            except Unplannable:
+                # A name of the statement itself, or another view of files.
+                continue
+            self._plan(plan)
 
     def _plan(self, plan: Plan) -> None:
         policy, guard = self._policy, self._guard
