@@ -313,6 +313,7 @@ class Settings:
             raise StartupError(
                 "--allow-dir opens directories to the clients of a sandbox; give --sandbox too. "
                 "Without it they can read every file that the server can."
+            )
         if 0 < self.process_memory < _LEAST_PROCESS_MEMORY:
             raise StartupError(
                 f"--process-memory must be 256MiB or more, or 0, not {self.process_memory}."
