@@ -66,13 +66,16 @@ class MemoryGuard:
         """Share what was taken since the last look among ``running``; cancel one when needed."""
         now = self._resident()
         grown, self._before = max(0, now - self._before), now
-        if self._cancelled is not None and self._cancelled.state is State.DONE:
-            self._cancelled = None
+        if self._cancelled is not None:
+            # Until it notices, it is the one that grows; what the others shared in, they did not.
+            self._growth.clear()
+            if self._cancelled.state is State.DONE:
+                self._cancelled = None
+            return
         self._growth = {job: self._growth.get(job, 0.0) * _HALF_LIFE for job in running}
         for job in running:
             self._growth[job] += grown / len(running)
-        # Until the one that was cancelled notices, it may be the one that still grows.
-        if now > self._limit and self._cancelled is None:
+        if now > self._limit:
             self._cancel_one(now)
 
     def _cancel_one(self, now: int) -> None:
