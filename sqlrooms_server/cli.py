@@ -21,6 +21,8 @@ from sqlrooms_server.settings import Settings, environment_variable, fields, fla
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Windows has none.
 _SIGHUP: int | None = getattr(signal, "SIGHUP", None)
+# That may wait to be looked at.
+_MAX_SIGNALS = 64 << 10
 
 _EPILOG = """\
 "sqlrooms-server query SQL" asks a server that is running, "sqlrooms-server token new" makes a
@@ -203,8 +205,8 @@ class _Signals:
         self._has_started = True
 
     def asks_to_reload(self) -> bool:
-        """Wait for a signal; False when it is to stop."""
-        if self._receiver.recv(1)[0] != _SIGHUP:
+        """Wait for a signal; False when it is to stop. Those that came meanwhile are one."""
+        if any(number != _SIGHUP for number in self._receiver.recv(_MAX_SIGNALS)):
             return False
         return os.isatty(0) or not self._has_terminal
 

@@ -79,6 +79,9 @@ class Gate:
         self._timers = timers
         self._post = post
         self._failures = Failures(settings.max_auth_failures)
+        # Pages can send requests with wrong tokens, and browsers do not tell the origin of images.
+        # That must not keep a visitor of such a page from connecting.
+        self._failures_over_http = Failures(settings.max_auth_failures)
         # Those that are connected and have not said who they are.
         self._strangers: Strangers[Peer] = Strangers(settings.max_strangers)
         # What had come on their sockets before.
@@ -113,6 +116,7 @@ class Gate:
     def _use(self, file: TokenFile | None) -> None:
         self._access.use(file)
         self._failures.forget_known()
+        self._failures_over_http.forget_known()
         closed = 0
         for peer in list(self._known):
             assert peer.identity is not None
@@ -137,7 +141,7 @@ class Gate:
         if not self.needs_token:
             peer.identify(EVERYBODY)
             return peer
-        found = self._credentials(request)
+        found = self._credentials(request, self._failures)
         if isinstance(found, Refusal):
             if found.status != 401:
                 return found
@@ -196,7 +200,7 @@ class Gate:
         if not self.needs_token:
             peer.send(_AUTH_ACK)
             return
-        found = self._identify(message.token, peer.remote_address)
+        found = self._identify(message.token, peer.remote_address, self._failures)
         if isinstance(found, Refusal):
             self._disconnect(peer, found.text.strip() if found.status == 429 else "")
         elif peer.identity is not None and (found.user, found.role) != (
@@ -229,7 +233,7 @@ class Gate:
             return refusal
         if not self.needs_token:
             return EVERYBODY
-        found = self._credentials(request) or Refusal(401, _UNAUTHORIZED)
+        found = self._credentials(request, self._failures_over_http) or Refusal(401, _UNAUTHORIZED)
         if isinstance(found, Refusal) or self._may_ask(found.role, found.user):
             return found
         role = found.role
@@ -240,7 +244,9 @@ class Gate:
         """Who sent ``request``, which is answered in any case; None for a stranger."""
         if self._access.origins.refuses(request) is not None:
             return None
-        found = self._credentials(request) if self.needs_token else EVERYBODY
+        if not self.needs_token:
+            return EVERYBODY
+        found = self._credentials(request, self._failures_over_http)
         return None if isinstance(found, Refusal) else found
 
     def _refusal(self, request: HttpRequest) -> Refusal | None:
@@ -250,24 +256,24 @@ class Gate:
         log.warning("Refused a request from %s: %s.", request.remote_address, reason)
         return Refusal(403, f"{reason}\n")
 
-    def _credentials(self, request: HttpRequest) -> Identity | Refusal | None:
+    def _credentials(self, request: HttpRequest, failures: Failures) -> Identity | Refusal | None:
         """Who sent ``request``; None when it does not say."""
         identity = self._access.of_proxy(request)
         if identity is not None:
             return identity
         token = self._access.token_of(request)
-        return None if token is None else self._identify(token, request.remote_address)
+        return None if token is None else self._identify(token, request.remote_address, failures)
 
-    def _identify(self, token: str, address: str) -> Identity | Refusal:
-        wait = self._failures.wait(address, token)
+    def _identify(self, token: str, address: str, failures: Failures) -> Identity | Refusal:
+        wait = failures.wait(address, token)
         if wait:
             text = f"Too many wrong tokens from {address}; wait {wait} s (--max-auth-failures).\n"
             return Refusal(429, text)
         identity = self._access.identify(token)
         if identity is None:
-            self._failures.count(address)
+            failures.count(address)
             return Refusal(401, _UNAUTHORIZED)
-        self._failures.remember(address, token)
+        failures.remember(address, token)
         return identity
 
     def _admit(self, peer: Peer, identity: Identity) -> None:

@@ -107,6 +107,11 @@ def test_the_upgrade_may_carry_the_token(
         assert wire.request(type="auth", token="secret") == {"type": "authAck"}
 
 
+def test_an_empty_cookie_is_no_token(guarded: LocalServer) -> None:
+    with guarded.connect(additional_headers={"Cookie": "session="}) as wire:
+        assert wire.request(type="auth", token=TOKEN) == {"type": "authAck"}
+
+
 @pytest.mark.parametrize(
     "options",
     [

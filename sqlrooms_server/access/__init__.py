@@ -118,7 +118,7 @@ class Access:
         if self._cookie:
             for pair in request.headers.get("cookie", "").split(";"):
                 name, _, value = pair.strip().partition("=")
-                if name == self._cookie:
+                if name == self._cookie and value:
                     return value
         return None
 
