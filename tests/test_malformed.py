@@ -200,7 +200,8 @@ def test_what_waits_is_no_larger_than_its_message() -> None:
     many = json.dumps({"type": "json", "sql": "select 1", "format": ["json"] * 100_000}).encode()
     query = decode(many, is_text=True, limits=limits)
     assert isinstance(query, Query) and query.formats == ("json",)
-    for values in ([{}] * 100_001, {"a": [[[]] * 50_000, [[]] * 50_000]}):
+    too_many: list[Any] = [[{}] * 100_001, {"a": [[[]] * 50_000, [[]] * 50_000]}]
+    for values in too_many:
         message = json.dumps({"type": "json", "sql": "select 1", "params": values, "queryId": 7})
         with pytest.raises(BadRequest, match="params has more than 100000 values") as refused:
             decode(message.encode(), is_text=True, limits=limits)
