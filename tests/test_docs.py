@@ -90,11 +90,14 @@ def test_the_architecture_page_names_every_part() -> None:
             assert f"| `{path.stem}` |" in page, path.name
         elif path.is_dir() and path.name != "__pycache__":
             assert f"| `{path.name}/` |" in page, path.name
+            modules = page.partition(f"\n| `{path.name}/` | |\n")[2].partition("\n\n")[0]
+            for module in path.glob("[!_]*.py"):
+                assert f"`{module.stem}`" in modules, module
 
 
 def test_every_script_is_in_the_contributing_page() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for name in ("serve", "test", "check", "bench"):
+    for name in ("serve", "test", "check", "bench", "fuzz"):
         assert f"./scripts/{name}" in page
 
 
