@@ -151,6 +151,7 @@ class Server:
                 extensions=settings.extensions,
                 limits=settings.duckdb_limits,
                 sandbox=Sandbox.of(settings),
+                max_nesting=settings.max_sql_nesting,
             )
             undo.callback(lambda: self._engine.close(time.monotonic() + _DATABASE_CLOSED_BY))
             restore_cache()

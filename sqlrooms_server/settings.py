@@ -162,6 +162,11 @@ class Settings:
     max_sql_length: int = _setting(
         4 << 20, "Longest SQL text of one message, in bytes of UTF-8.", unit="size"
     )
+    max_sql_nesting: int = _setting(
+        250,
+        "Depth of brackets in a SQL text. DuckDB spends seconds and gigabytes on deep ones, before "
+        "it refuses them.",
+    )
     max_in_flight: int = _setting(256, "Unanswered requests of one connection.")
     max_queue: int = _setting(1000, "Queries of all connections that wait for a worker.")
     query_timeout: int = _setting(
@@ -267,6 +272,7 @@ class Settings:
             ("auth_timeout", 1, 3600),
             ("max_auth_failures", 1, 1_000_000),
             ("max_strangers", 1, 1_000_000),
+            ("max_sql_nesting", 10, 1000),
             ("max_in_flight", 1, 1_000_000),
             ("max_queue", 1, 1_000_000),
             ("max_queued_bytes", 1 << 20, 1 << 40),

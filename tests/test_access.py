@@ -202,6 +202,9 @@ def test_a_foreign_host_is_refused(server: LocalServer) -> None:
     [
         ({}, "localhost:4000", None, False),
         ({}, "[::1]:4000", None, False),
+        ({}, "[::1]", None, False),
+        ({}, "[::1]evil.example", None, True),
+        ({}, "[::1].evil.example:4000", None, True),
         ({}, "", None, True),
         ({}, "192.168.1.5:4000", None, True),
         ({"host": "192.168.1.5"}, "192.168.1.5:4000", None, False),

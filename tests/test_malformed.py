@@ -235,6 +235,13 @@ def test_sql_that_nests_too_deeply_meets_no_parser(wire: Wire, bracket: str) -> 
     assert_lives(wire)
 
 
+def test_how_deep_sql_may_nest_is_a_setting(launch: Callable[..., LocalServer]) -> None:
+    with launch(max_sql_nesting=10).connect() as wire:
+        assert wire.rows("select " + "(" * 10 + "1" + ")" * 10 + " as a") == [{"a": 1}]
+        reply = wire.arrow("select " + "(" * 11 + "1" + ")" * 11)
+        assert "deeper than 10 levels (--max-sql-nesting)" in reply["error"]
+
+
 def test_endless_chains_of_operators_meet_no_parser(wire: Wire) -> None:
     """One of these held the interpreter lock, and so the whole server, for a minute."""
     reply = wire.arrow("select true" + " and true" * 300_000)

@@ -62,6 +62,8 @@ def is_loopback(host: str) -> bool:
 
 def _host_name(host: str) -> str:
     """The name in a ``Host`` header or a network location, without the port."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
+    address, bracket, port = host.lower().partition("]")
+    if bracket:
+        # Of an IPv6 address, nothing but a port may follow.
+        return address.removeprefix("[") if port[:1] in ("", ":") else host.lower()
     return host.rpartition(":")[0].lower() if ":" in host else host.lower()

@@ -25,7 +25,7 @@ from sqlrooms_server.db.guard import Guard
 from sqlrooms_server.db.plans import Readings
 from sqlrooms_server.db.policy import UNRESTRICTED, Policy
 from sqlrooms_server.db.sandbox import Sandbox
-from sqlrooms_server.db.statements import Classifier, quote_identifier, quote_literal
+from sqlrooms_server.db.statements import MAX_NESTING, Classifier, quote_identifier, quote_literal
 from sqlrooms_server.db.versions import Versions
 
 log = logging.getLogger(__name__)
@@ -60,12 +60,16 @@ class Engine:
         extensions: tuple[str, ...],
         limits: Mapping[str, str] | None = None,
         sandbox: Sandbox | None = None,
+        max_nesting: int = MAX_NESTING,
     ) -> None:
-        """``limits`` are settings of DuckDB, such as ``memory_limit``, and their values."""
+        """``limits`` are settings of DuckDB, such as ``memory_limit``, and their values.
+
+        ``max_nesting`` is of the brackets in a text.
+        """
         self.read_only = read_only
         self._sandbox = sandbox or Sandbox()
         self._locks = contextlib.ExitStack()
-        self.classifier = Classifier()
+        self.classifier = Classifier(max_nesting)
         self.versions = Versions()
         self.changes = Changes(self.versions)
         self._writer = threading.Lock()

@@ -114,7 +114,8 @@ class Statements:
 class Classifier:
     """Classifies SQL texts and remembers the short ones. Safe to call from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_nesting: int = MAX_NESTING) -> None:
+        self._max_nesting = max_nesting
         self._memo: dict[str, Statements] = {}
 
     def classify(self, cursor: duckdb.DuckDBPyConnection, sql: str) -> Statements:
@@ -126,8 +127,9 @@ class Classifier:
         if known is not None:
             return known
         openings = sql.count("(") + sql.count("[") + sql.count("{")
-        if openings > MAX_NESTING and nesting(sql) > MAX_NESTING:
-            raise BadRequest(f"sql nests brackets deeper than {MAX_NESTING} levels.")
+        limit = self._max_nesting
+        if openings > limit and nesting(sql) > limit:
+            raise BadRequest(f"sql nests brackets deeper than {limit} levels (--max-sql-nesting).")
         # The shortest operator with the shortest operand takes four characters: "a or".
         if len(sql) > 4 * MAX_LOGICAL_OPERATORS and logical_operators(sql) > MAX_LOGICAL_OPERATORS:
             raise BadRequest(
