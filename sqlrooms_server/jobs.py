@@ -197,6 +197,11 @@ class Scheduler:
             self._give_turn(lane)
         return job
 
+    def running(self) -> list[Job]:
+        """The jobs that workers are at work on."""
+        with self._lock:
+            return [job for job in self._jobs if job.state in (State.RUNNING, State.STOPPING)]
+
     def close(self, deadline: float) -> bool:
         """Stop every job with ``ShuttingDown``, then the workers; True when all ended in time.
 

@@ -34,6 +34,7 @@ from sqlrooms_server.features.uploads import Uploads
 from sqlrooms_server.features.watches import Watches
 from sqlrooms_server.gate import Gate
 from sqlrooms_server.jobs import Scheduler
+from sqlrooms_server.memory import MemoryGuard
 from sqlrooms_server.messages import Auth, Message
 from sqlrooms_server.peer import Audience, Peer
 from sqlrooms_server.protocol import Limits, decode
@@ -159,6 +160,8 @@ class Server:
             undo.callback(lambda: self._close_rooms(time.monotonic(), time.monotonic() + 1.0))
             self._scheduler = Scheduler(settings.worker_count, settings.max_queue, self._timers)
             undo.callback(lambda: self._scheduler.close(time.monotonic() + _QUERIES_STOPPED_BY))
+            if settings.process_memory:
+                MemoryGuard(self._scheduler, self._timers, settings.process_memory)
             self._join_features()
             undo.pop_all()
         self._has_started = True

@@ -30,6 +30,9 @@ _GUARDS = ("auth_token", "auth_token_file", "tokens", "sandbox")
 # Of a chunked upload: what may have been sent and not yet been consumed.
 UPLOAD_WINDOW_BYTES = 32 << 20
 
+# The process takes a third of it before the first query.
+_LEAST_PROCESS_MEMORY = 256 << 20
+
 _SIZE = re.compile(r"(\d+)\s*(B|KB|MB|GB|KiB|MiB|GiB)?", re.IGNORECASE)
 _UNITS = {
     "b": 1,
@@ -227,6 +230,13 @@ class Settings:
     memory_limit: str = _setting(
         "", "Memory that DuckDB may use, such as 4GB; without it, four fifths of the machine's."
     )
+    process_memory: int = _setting(
+        0,
+        "Memory of the whole process above which the query that makes it grow is cancelled, on "
+        "Linux; 0 means any. It also sees what --memory-limit does not count: large values, "
+        "results under way. Without --memory-limit, that becomes half of this.",
+        unit="size",
+    )
     threads: int = _setting(0, "Threads of DuckDB; 0 means one for each core.")
     temp_directory: str = _setting(
         "", "Directory where DuckDB puts what does not fit into memory; made when needed."
@@ -284,6 +294,7 @@ class Settings:
             ("room_memory", 0, 1 << 50),
             ("cache_size", 0, 1 << 50),
             ("sandbox_temp_size", 0, 1 << 50),
+            ("process_memory", 0, 1 << 50),
             ("threads", 0, 1024),
             ("workers", 0, 1024),
             # uWebSockets ends the process for anything outside.
@@ -302,6 +313,10 @@ class Settings:
             raise StartupError(
                 "--allow-dir opens directories to the clients of a sandbox; give --sandbox too. "
                 "Without it they can read every file that the server can."
+            )
+        if 0 < self.process_memory < _LEAST_PROCESS_MEMORY:
+            raise StartupError(
+                f"--process-memory must be 256MiB or more, or 0, not {self.process_memory}."
             )
         if self.proxy_headers not in ("x-forwarded", "forwarded"):
             raise StartupError(
@@ -342,11 +357,15 @@ class Settings:
     def duckdb_limits(self) -> dict[str, str]:
         """The settings of DuckDB itself that were given."""
         limits = {
-            "memory_limit": self.memory_limit,
+            "memory_limit": self.memory_limit or self._half_of_process_memory,
             "threads": str(self.threads or ""),
             "temp_directory": self.temp_directory,
         }
         return {name: value for name, value in limits.items() if value}
+
+    @property
+    def _half_of_process_memory(self) -> str:
+        return f"{self.process_memory >> 21}MiB" if self.process_memory else ""
 
 
 def flag(name: str) -> str:

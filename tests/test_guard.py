@@ -17,6 +17,7 @@ from sqlrooms_server.db.plans import plan_of
 from sqlrooms_server.db.policy import UNRESTRICTED, Policy
 from sqlrooms_server.db.sandbox import Sandbox
 from sqlrooms_server.db.statements import MAX_PARSED_LENGTH
+from sqlrooms_server.db.versions import key_of
 from sqlrooms_server.errors import BadRequest, Forbidden, QueryError, StartupError
 from tests.wire import DEADLINE
 
@@ -47,6 +48,10 @@ SETUP = """
     CREATE MACRO counted() AS nextval('s');
     ATTACH ':memory:' AS other;
     CREATE TABLE other.t(a INTEGER);
+    -- Words that DuckDB keeps for itself in other places.
+    CREATE MACRO secret(x) AS x + (SELECT max(a) FROM t);
+    CREATE MACRO data(p) AS TABLE FROM read_text(p);
+    CREATE TABLE tables(hidden INTEGER);
     CREATE TYPE mood AS ENUM ('sad', 'ok');
 """
 
@@ -147,6 +152,7 @@ READING = [
     "select x.a from (values (1)) x(a)",
     "select try_cast('x' as integer), 'ok'::mood, typeof(1)",
     "select currval('s')",
+    "select secret(1), sum(a) over (partition by b) from t",
 ]
 
 # Also changes it.
@@ -320,6 +326,9 @@ REACHING_OUT = [
     "attach '{own}' as z (read_only)",
     "detach main",
     "use other",
+    ";; use other",
+    "; describe file_view",
+    ";explain analyze copy t to '{out}'",
     "from other.t",
     "from other.main.t",
     "insert into other.t values (1)",
@@ -333,6 +342,8 @@ REACHING_OUT = [
     "create view v0 as from other.t",
     "select * from any_file('/etc/passwd') join t on true",
     "select * from deeper('/etc/passwd')",
+    "select * from data('/etc/passwd')",
+    "pivot t on b using sum(secret(a)) group by data('/etc/passwd')",
     "load json",
     "install httpfs",
     "force install httpfs",
@@ -465,6 +476,10 @@ OUT_OF_BOUNDS = [
     "pivot t on b using sum(a)",
     "analyze t",
     "explain from t",
+    "pivot o.u on b using sum(secret(a))",
+    "alter table o.u add column z integer default nextval('main.s')",
+    "describe tables",
+    'show "tables"',
     "select * from query_table('t')",
     "set variable x = (select max(a) from t)",
 ]
@@ -563,7 +578,7 @@ def test_nobody_reaches_out(world: World, monkeypatch: pytest.MonkeyPatch, sql: 
         planned.append(sql)
         return plan_of(native, sql)
 
-    monkeypatch.setattr("sqlrooms_server.db.guard.plan_of", recorded)
+    monkeypatch.setattr("sqlrooms_server.db.checks.plan_of", recorded)
     for policy in (SELECT, DATABASE, SCHEMA):
         # QueryError: not every version has all of the syntax.
         with pytest.raises((Forbidden, QueryError, BadRequest)) as caught:
@@ -581,7 +596,8 @@ def test_whoever_only_reads_changes_nothing(world: World, sql: str) -> None:
         with pytest.raises((Forbidden, QueryError)) as caught:
             world.run(sql, policy)
         if isinstance(caught.value, QueryError):
-            assert not TWO and sql.startswith("with i as")
+            assert not TWO
+            assert sql.startswith("with i as")
 
 
 @pytest.mark.parametrize("sql", OUT_OF_BOUNDS)
@@ -628,13 +644,16 @@ def test_files_can_be_open_to_those_who_only_read(world: World, sql: str) -> Non
         "select write_log(content) from read_text('{csv}')",
         "select nextval('s') from '{csv}'",
         "from enable_logging(), '{csv}'",
+        "with i as (insert into t values (5, 'x', 1) returning *) select * from i, '{csv}'",
         "set threads = 1",
         "from read_duckdb('{own}', table_name = 't')",
     ],
 )
 def test_open_files_are_only_read(world: World, sql: str) -> None:
-    with pytest.raises(Forbidden):
+    with pytest.raises((Forbidden, QueryError)) as caught:
         world.check(sql, FILES)
+    # 1.5 has no such WITH.
+    assert isinstance(caught.value, Forbidden) or (not TWO and "insert" in sql)
 
 
 def test_kinds_are_listed(world: World) -> None:
@@ -733,8 +752,36 @@ def test_statements_of_a_text_are_checked_when_those_before_have_run(world: Worl
     world.run(text.replace("{0}", "from t"), DATABASE)
     with pytest.raises(Forbidden):
         world.run(text.replace("{0}", "from any_file('/etc/passwd')"), DATABASE)
-    with pytest.raises(Forbidden):
-        world.run("create temp table t as select 1; drop table temp.t; from t", SCHEMA)
+    for text in (
+        "create temp table t as select 1; from t",
+        "drop table if exists temp.t; from o.u",
+    ):
+        world.run(text, SCHEMA)
+    # What they left is gone, and was a name for nobody else.
+    for text in ("from t", "create temp table t as select 1; drop table temp.t; from t"):
+        with pytest.raises(Forbidden):
+            world.run(text, SCHEMA)
+
+
+def test_statements_of_a_text_commit_together_if_they_say_so(world: World) -> None:
+    world.engine.versions.in_use = True
+    versions: list[int] = []
+    key = key_of(("own", "main", "stats"))
+    before = world.engine.versions.version(key)
+    with world.engine.cursor(DATABASE) as cursor:
+        run_through = cursor._run_through
+
+        def watched(sql: str) -> None:
+            run_through(sql)
+            versions.append(world.engine.versions.version(key))
+
+        cursor._run_through = watched  # type: ignore[method-assign]
+        cursor.run(
+            "begin; insert into stats values (1, 2); insert into stats values (2, 2); commit"
+        )
+    # Told when it is committed, not before.
+    assert versions == [before] * 3
+    assert world.engine.versions.version(key) > before
 
 
 def test_what_was_checked_is_checked_again_after_a_change(world: World) -> None:

@@ -18,6 +18,7 @@ LAYERS = [
     ["protocol"],
     ["timers"],
     ["jobs"],
+    ["memory"],
     ["cache"],
     ["db"],
     ["rooms"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from sqlrooms_server.errors import BadRequest
+from sqlrooms_server.messages import Query
+from sqlrooms_server.protocol import Limits, decode
 from tests.conftest import LocalServer
 from tests.wire import Wire, framed, ipc
 
@@ -197,6 +201,20 @@ def test_the_name_of_a_table_that_is_a_whole_message(wire: Wire) -> None:
     # It takes ten times less, and took twice as long.
     assert time.process_time() - began < 2
     assert_lives(wire)
+
+
+def test_what_waits_is_no_larger_than_its_message() -> None:
+    """Six messages of 20 MB that waited for a worker held 2.9 GB."""
+    limits = Limits(1 << 27, 1 << 22)
+    many = json.dumps({"type": "json", "sql": "select 1", "format": ["json"] * 100_000}).encode()
+    query = decode(many, is_text=True, limits=limits)
+    assert isinstance(query, Query) and query.formats == ("json",)
+    too_many: list[Any] = [[{}] * 100_001, {"a": [[[]] * 50_000, [[]] * 50_000]}]
+    for values in too_many:
+        message = json.dumps({"type": "json", "sql": "select 1", "params": values, "queryId": 7})
+        with pytest.raises(BadRequest, match="params has more than 100000 values") as refused:
+            decode(message.encode(), is_text=True, limits=limits)
+        assert refused.value.query_id == 7
 
 
 def test_a_message_over_the_limit_is_refused_by_name(launch: Callable[..., LocalServer]) -> None:

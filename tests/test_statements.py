@@ -120,6 +120,7 @@ def test_nesting_takes_linear_time(piece: str) -> None:
         ("select '--' -- x", "select '--'"),
         ("select (1);", "select (1)"),
         ("/* a */ select /* b */ 1 /* c */", "/* a */ select /* b */ 1"),
+        ("select 1 ;\u00a0; \x0b;", "select 1"),
     ],
 )
 def test_without_end(sql: str, code: str) -> None:

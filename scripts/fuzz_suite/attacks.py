@@ -360,3 +360,6 @@ ATTACKS: dict[str, Attack] = {
         stopped_reader,
     )
 }
+
+# Those that take seconds by themselves.
+LASTING = frozenset({"slow_handshake", "slow_reader", "stopped_reader"})

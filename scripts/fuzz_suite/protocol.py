@@ -89,6 +89,10 @@ class Protocol:
             yield bytes((_BINARY,)) + framed(json.dumps(header).encode(), b"body of eight")
             yield bytes((_LONG_BINARY, 30, 60)) + framed(json.dumps(header).encode(), b"")
         yield bytes((_BINARY,)) + b"loro update"
+        # The part that is repeated lies in the middle of a text.
+        snapshot = {"type": "crdt-snapshot", "roomId": "r", "data": "A" * 200}
+        for fields in (snapshot, {"type": "exec", "sql": "a" * 200, "queryId": "q"}):
+            yield bytes((_LONG_TEXT, 130, 160)) + json.dumps(fields).encode()
 
     def mutated(self, data: bytes, chance: random.Random) -> bytes:
         if not data or chance.random() < 0.1:

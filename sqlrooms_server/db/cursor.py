@@ -136,6 +136,7 @@ class Cursor:
         self.native = native
         self._policy = None if policy.is_open else policy
         self._session = session
+        self._is_own = session is None
         # What has happened by now that an error of the query does not undo: a sentence, or none.
         self.aftermath = ""
         self._shows_progress = False
@@ -186,7 +187,7 @@ class Cursor:
         if self._result is not None:
             # A reader that somebody still refers to would keep the transaction open.
             self._result.reader.close()
-        if self._session is None:
+        if self._is_own:
             self.native.close()
         elif self._shows_progress:
             with contextlib.suppress(duckdb.Error):
@@ -231,7 +232,10 @@ class Cursor:
         epoch = self._engine.versions.epoch
         statements = self.examine(sql)
         if self._policy is not None and statements.is_several:
-            # A later one may only be checked when those before it have run.
+            # A later one may only be checked when those before it have run. What one leaves, the
+            # next one finds, as in a session.
+            if self._session is None:
+                self._session = SharedCursor(self._engine)
             *first, sql = statements.texts
             for text in first:
                 self._run_through(text)

@@ -28,6 +28,14 @@ from sqlrooms_server.errors import BadRequest
 # What Arrow raises for a damaged stream. ValueError: names and messages that are no UTF-8.
 STREAM_ERRORS = (pa.ArrowException, OSError, ValueError)
 
+# A damaged stream may point anywhere. Of values that are not aligned, Arrow warns in the log for
+# each batch. Older versions can do nothing about them.
+READ_OPTIONS = (
+    pa.ipc.IpcReadOptions(ensure_alignment=pa.ipc.Alignment.DataTypeSpecific)
+    if hasattr(pa.ipc, "Alignment")
+    else pa.ipc.IpcReadOptions()
+)
+
 _CONTINUATION = 0xFFFFFFFF
 _MAX_METADATA = 64 << 20
 
@@ -160,7 +168,8 @@ class PushedStream:
 
     def _open(self) -> None:
         try:
-            self._reader = pa.ipc.open_stream(pa.PythonFile(self._complete, "r"))
+            source = pa.PythonFile(self._complete, "r")
+            self._reader = pa.ipc.open_stream(source, options=READ_OPTIONS)
             self.schema = numbered(self._reader.schema)
         except STREAM_ERRORS as error:
             raise broken(error) from error

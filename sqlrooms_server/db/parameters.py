@@ -16,8 +16,6 @@ from sqlrooms_server.messages import Params
 _TYPE = "$type"
 _MAX_DEPTH = 100
 _MAX_TYPE_LENGTH = 1000
-# DuckDB 1.5 without pandas takes 70 us to bind each, and cannot be interrupted while it does.
-_MAX_VALUES = 100_000
 _MIN_INTEGER = -(1 << 127)
 _MAX_INTEGER = (1 << 128) - 1
 
@@ -26,10 +24,6 @@ def bindable(cursor: duckdb.DuckDBPyConnection, params: Params, statements: Stat
     """``params`` as DuckDB takes them. Raises ``BadRequest`` naming the one that does not fit."""
     if statements.parameters is not None:
         _check_names(params, statements.parameters)
-    if _count(params, _MAX_VALUES + 1) > _MAX_VALUES:
-        raise BadRequest(
-            f"params has more than {_MAX_VALUES} values; send that many with uploadArrow."
-        )
     if isinstance(params, list):
         return [_value(cursor, value, f"params[{i}]", 0) for i, value in enumerate(params)]
     return {name: _value(cursor, value, f"params.{name}", 0) for name, value in params.items()}
@@ -49,20 +43,6 @@ def check_binds(cursor: duckdb.DuckDBPyConnection, params: Params) -> None:
 
 # RuntimeError and ValueError come from the binding of Python and DuckDB.
 _UNBINDABLE = (duckdb.Error, TypeError, ValueError, RuntimeError)
-
-
-def _count(value: Any, most: int) -> int:
-    """The values in ``value``, itself not counted, or a number over ``most``."""
-    waiting = [value]
-    found = 0
-    while waiting and found <= most:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            value = list(value.values())
-        if isinstance(value, list):
-            found += len(value)
-            waiting += value
-    return found
 
 
 def _check_names(params: Params, wanted: frozenset[str]) -> None:

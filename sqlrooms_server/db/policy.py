@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NoReturn
+
+from sqlrooms_server.errors import Forbidden
 
 # What DuckDB calls the kinds of statements that a text may hold.
 KINDS = frozenset(
@@ -43,6 +46,11 @@ class Policy:
     def is_inside(self) -> bool:
         """Whether nothing outside of the database can be reached."""
         return not self.files or self.schemas is not None
+
+    def refuse(self, what: str, why: str) -> NoReturn:
+        """Raise ``Forbidden``. ``why`` tells what would do instead, if anything would."""
+        rule = self.source or "the rules for this connection"
+        raise Forbidden(f"{what} is refused by {rule}: {why}.")
 
     def within(self, other: Policy) -> Policy:
         """What both allow."""

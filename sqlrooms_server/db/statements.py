@@ -217,9 +217,13 @@ def without_end(sql: str) -> str:
     return sql[: _end_of_code(sql, position, len(sql), end)]
 
 
+# All that str.rstrip() takes away, and semicolons between it.
+_SPACES_AND_ENDS = ";" + "".join(filter(str.isspace, map(chr, range(0x3001))))
+
+
 def _end_of_code(sql: str, start: int, stop: int, before: int) -> int:
     """Where the last code of ``sql[start:stop]`` ends; ``before`` when there is none."""
-    code = sql[start:stop].rstrip().rstrip("; \t\r\n")
+    code = sql[start:stop].rstrip(_SPACES_AND_ENDS)
     return start + len(code) if code else before
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from sqlrooms_server.db.cursor import CHANGES_STAND, Cursor
 from sqlrooms_server.db.engine import Engine
-from sqlrooms_server.db.ipc import STREAM_ERRORS, broken, check_stream, numbered
+from sqlrooms_server.db.ipc import READ_OPTIONS, STREAM_ERRORS, broken, check_stream, numbered
 from sqlrooms_server.db.statements import quote_identifier
 from sqlrooms_server.errors import Conflict
 from sqlrooms_server.messages import UploadMode
@@ -178,7 +178,7 @@ class _Source:
     def __init__(self, body: pa.Buffer) -> None:
         self.failure: Exception | None = None
         try:
-            self._stream = pa.ipc.open_stream(body)
+            self._stream = pa.ipc.open_stream(body, options=READ_OPTIONS)
             self._schema = numbered(self._stream.schema)
         except STREAM_ERRORS as error:
             raise broken(error) from error

@@ -8,6 +8,7 @@ is decided by its plan.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -145,6 +146,12 @@ def calls(tokens: Sequence[Token]) -> Iterator[tuple[str, int]]:
             yield token.text, i + 1
 
 
+def keyword_calls(tokens: Sequence[Token]) -> set[str]:
+    """Keywords before brackets. Most belong to the syntax, some may be names of macros."""
+    pairs = itertools.pairwise(tokens)
+    return {one.text for one, other in pairs if one.kind == "keyword" and other.is_sign("(")}
+
+
 def _closings(tokens: Sequence[Token]) -> dict[int, int]:
     """Where each round bracket that is closed closes."""
     closings = {}
@@ -175,6 +182,14 @@ def _is_in_with(tokens: Sequence[Token], closing: int | None) -> bool:
 
 def file_names(tokens: Sequence[Token]) -> Iterator[str]:
     """What stands where tables are named and may be taken for a file."""
+    for parts in table_names(tokens):
+        name = ".".join(token.text for token in parts)
+        if parts[0].kind == "string" or _FILE_NAME.search(name):
+            yield name
+
+
+def table_names(tokens: Sequence[Token]) -> Iterator[Sequence[Token]]:
+    """The parts of each name that stands where tables are named, and of some that are none."""
     # For each open bracket whether tables are listed in it, and whether FROM means none.
     states = [False]
     no_tables = [False]
@@ -201,12 +216,11 @@ def file_names(tokens: Sequence[Token]) -> Iterator[str]:
         elif text == ",":
             is_next = states[-1]
         elif is_next and (token.is_name or token.kind in ("string", "keyword")):
-            name, i = _dotted(tokens, i)
+            parts = _dotted(tokens, i)
+            i += 2 * len(parts) - 1
             is_call = i < len(tokens) and tokens[i].is_sign("(")
-            if token.kind == "string":
-                yield name
-            elif not is_call and _FILE_NAME.search(name):
-                yield name
+            if token.kind == "string" or not is_call:
+                yield parts
             is_next = False
             continue
         i += 1
@@ -230,14 +244,14 @@ def has_inner_description(tokens: Sequence[Token]) -> bool:
     return False
 
 
-def _dotted(tokens: Sequence[Token], i: int) -> tuple[str, int]:
-    """The name that begins at ``i``, and where it has ended."""
-    parts = [tokens[i].text]
+def _dotted(tokens: Sequence[Token], i: int) -> Sequence[Token]:
+    """The parts of the name that begins at ``i``."""
+    parts = [tokens[i]]
     i += 1
     while i + 1 < len(tokens) and tokens[i].is_sign(".") and tokens[i + 1].kind != "operator":
-        parts.append(tokens[i + 1].text)
+        parts.append(tokens[i + 1])
         i += 2
-    return ".".join(parts), i
+    return parts
 
 
 def literal_paths(tokens: Sequence[Token], bracket: int) -> list[str] | None:

@@ -19,6 +19,10 @@ from sqlrooms_server.protocol.fields import (
     whole_number,
 )
 
+# DuckDB 1.5 without pandas takes 70 us to bind each, and cannot be interrupted while it does. And
+# as long as a query waits, an empty object takes thirty times the memory of its text.
+MAX_PARAMETERS = 100_000
+
 
 def decode_query(fields: dict[str, Any], max_sql_length: int) -> Query:
     """The query in ``fields``. Raises ``BadRequest`` or ``TooLarge``."""
@@ -76,6 +80,10 @@ def _with_options(query: Query, fields: dict[str, Any]) -> Query:
     params = fields.get("params")
     if params is not None and not isinstance(params, list | dict):
         raise BadRequest("params must be an array or an object.")
+    if params is not None and _has_more_values(params, MAX_PARAMETERS):
+        raise BadRequest(
+            f"params has more than {MAX_PARAMETERS} values; send that many with uploadArrow."
+        )
     timeout = whole_number(fields, "timeoutMs", 1, MAX_TIMEOUT_MS)
     formats = _formats(fields["format"]) if "format" in given else query.formats
     compression: Compression | None = choice(fields, "compression", ("lz4", "zstd"), None)
@@ -103,12 +111,30 @@ def _with_options(query: Query, fields: dict[str, Any]) -> Query:
     return dataclasses.replace(query, formats=formats, options=options)
 
 
+def _has_more_values(value: Any, most: int) -> bool:
+    """Whether ``value``, itself not counted, holds more than ``most`` values."""
+    waiting = [value]
+    found = 0
+    while waiting:
+        value = waiting.pop()
+        if not isinstance(value, list | dict):
+            continue
+        found += len(value)
+        if found > most:
+            return True
+        waiting.extend(value.values() if isinstance(value, dict) else value)
+    return False
+
+
 def _formats(value: object) -> tuple[Format, ...]:
     """The known ones of ``value``, a name or a list of names."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise BadRequest('format must be "arrow", "json" or a list of them.')
-    formats: tuple[Format, ...] = tuple(name for name in names if name in ("arrow", "json"))
+    # Each once: as long as a query waits, a list of millions would, too.
+    formats: tuple[Format, ...] = tuple(
+        dict.fromkeys(name for name in names if name in ("arrow", "json"))
+    )
     if not formats:
         raise BadRequest(f"format {ujson.dumps(value)[:80]} is not known; use arrow or json.")
     return formats
