@@ -17,6 +17,7 @@ from sqlrooms_server.db.plans import plan_of
 from sqlrooms_server.db.policy import UNRESTRICTED, Policy
 from sqlrooms_server.db.sandbox import Sandbox
 from sqlrooms_server.db.statements import MAX_PARSED_LENGTH
+from sqlrooms_server.db.store import create_meta_tables
 from sqlrooms_server.db.versions import key_of
 from sqlrooms_server.errors import BadRequest, Forbidden, QueryError, StartupError
 from tests.wire import DEADLINE
@@ -901,3 +902,45 @@ def test_every_function_of_duckdb_is_known() -> None:
         is_open = is_open or (not is_table and functions.is_harmless(name))
         is_refused = name in REFUSED or name == "seq_scan" or name.startswith("__internal_")
         assert is_open != is_refused, (name, is_table)
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_tables_of_the_server(tmp_path: Path, in_a_file: bool) -> None:
+    """Rooms of an earlier version are in one that SQL sees; rooms have permissions of their own."""
+    engine = Engine(":memory:", read_only=False, extensions=())
+    create_meta_tables(engine, "meta", str(tmp_path / "meta.duckdb") if in_a_file else "")
+    policy = Policy(files=False, extensions=False)
+    place = "meta.main" if in_a_file else "memory.meta"
+    refused = [
+        "from meta.sync_rooms",
+        f"from {place}.sync_rooms",
+        "create view v as from meta.SYNC_ROOMS",
+        "insert into meta.sync_rooms values ('a', 'b', now())",
+        "use meta; from sync_rooms",
+        "use meta; drop table sync_rooms",
+        "use meta; drop table ui_state",
+        f"drop table {place}.ui_state",
+        "drop schema meta cascade",
+        f"drop schema {place} cascade",
+        "alter table meta.ui_state rename to x",
+        "create or replace table meta.ui_state as select 1",
+    ]
+    let_through = []
+    for sql in refused:
+        try:
+            with engine.cursor(policy) as cursor:
+                cursor.run(sql)
+            let_through.append(sql)
+        except (Forbidden, QueryError) as error:
+            # DuckDB itself refuses to drop the schema of a file.
+            assert isinstance(error, Forbidden) or sql.startswith("drop schema"), sql
+    assert not let_through
+    for sql in ("insert into meta.ui_state values ('a', '{}', now())", "from meta.ui_state"):
+        with engine.cursor(policy) as cursor:
+            cursor.run(sql)
+    with engine.cursor(policy) as cursor:
+        cursor.run("create table ui_state as select 1")
+    for table in (("meta", "sync_rooms"), ("META", "ui_state")):
+        with pytest.raises(Forbidden):
+            engine.guard.check_upload(table, policy, new=True)
+    engine.close(time.monotonic() + DEADLINE)

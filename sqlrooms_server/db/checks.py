@@ -435,6 +435,8 @@ class Check:
 
     def _target(self, target: tuple[str, ...]) -> None:
         first = target[0].lower()
+        if self._guard.is_fixed(target):
+            self._refuse("Changing " + ".".join(target), "it is of the server")
         if len(target) > 2 or first in self._guard.catalogs:
             self._guard.check_table(target, self._policy, "Changing")
         elif self._is_outside(first):

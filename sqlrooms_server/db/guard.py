@@ -35,12 +35,31 @@ class Guard:
         self.catalogs = {"temp", "system", self._main}
         self.directories = directories
         self._functions = frozenset(name.lower() for name in functions)
+        self._closed: frozenset[tuple[str, ...]] = frozenset()
+        self._fixed: frozenset[tuple[str, ...]] = frozenset()
         self._reserved: frozenset[str] | None = None
         self._memo: dict[tuple[str, Policy], tuple[int, Statements]] = {}
 
     def add_catalog(self, name: str) -> None:
         """The database ``name`` belongs to the main one."""
         self.catalogs.add(name.lower())
+
+    def protect(self, schema: str, *, is_catalog: bool, closed: str, kept: Sequence[str]) -> None:
+        """Of ``schema`` of the main database, or ``main`` of the database of that name, the table
+        ``closed`` is out of bounds, and it and those ``kept`` are neither dropped nor altered."""
+        name = schema.lower()
+        place = (name, "main") if is_catalog else (self._main, name)
+        self._closed = frozenset({(*place, closed)})
+        names = [*kept, closed]
+        # A statement may name them after USE, and leave out what follows from that.
+        self._fixed = frozenset(
+            {place, (name,), *((*place, one) for one in names), *((name, one) for one in names)}
+            | {(one,) for one in names}
+        )
+
+    def is_fixed(self, target: Sequence[str]) -> bool:
+        """Whether a statement must not drop or alter what it calls ``target``."""
+        return tuple(part.lower() for part in target) in self._fixed
 
     def reserved_words(self, native: duckdb.DuckDBPyConnection) -> frozenset[str]:
         """The keywords that can be no names of functions."""
@@ -84,6 +103,8 @@ class Guard:
             policy.refuse("An upload", "it changes the database")
         if policy.kinds is not None and kind not in policy.kinds:
             policy.refuse(f"An upload with a statement {kind}", "that kind is not listed")
+        if new and self.is_fixed(table):
+            policy.refuse(f"An upload to {'.'.join(table)}", "it is of the server")
         names = [name.lower() for name in table]
         if len(names) == 1:
             path: tuple[str, ...] = (self._main, "main", names[0])
@@ -95,6 +116,8 @@ class Guard:
 
     def check_table(self, path: Sequence[str], policy: Policy, what: str) -> None:
         """Raise ``Forbidden`` when the table of this full name is out of bounds."""
+        if tuple(part.lower() for part in path) in self._closed:
+            policy.refuse(f"{what} {'.'.join(path)}", "it is of the server; try room()")
         if not self.reaches(path, policy):
             name = ".".join(path)
             if policy.schemas is None:

@@ -9,9 +9,13 @@ from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.statements import quote_identifier
 from sqlrooms_server.errors import QueryError, StartupError
 
+# What clients use, and what may still hold rooms, which have permissions of their own.
+_STATE = "ui_state"
+_ROOMS = "sync_rooms"
+
 _TABLES = (
-    "ui_state (key TEXT PRIMARY KEY, payload_json JSON, updated_at TIMESTAMPTZ DEFAULT now())",
-    "sync_rooms (room_id TEXT PRIMARY KEY, snapshot BLOB, updated_at TIMESTAMPTZ DEFAULT now())",
+    f"{_STATE} (key TEXT PRIMARY KEY, payload_json JSON, updated_at TIMESTAMPTZ DEFAULT now())",
+    f"{_ROOMS} (room_id TEXT PRIMARY KEY, snapshot BLOB, updated_at TIMESTAMPTZ DEFAULT now())",
 )
 
 
@@ -22,6 +26,7 @@ def create_meta_tables(engine: Engine, namespace: str, meta_db: str) -> None:
     """
     if meta_db:
         engine.attach(meta_db, namespace)
+    engine.guard.protect(namespace, is_catalog=bool(meta_db), closed=_ROOMS, kept=[_STATE])
     if engine.read_only:
         return
     quoted = quote_identifier(namespace)
