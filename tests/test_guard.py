@@ -829,10 +829,10 @@ def test_uploads(
     world: World, table: tuple[str, ...], policy: Policy, new: bool, is_open: bool
 ) -> None:
     if is_open:
-        world.engine.guard.check_upload(table, policy, new=new)
+        world.engine.reach.check_upload(table, policy, new=new)
     else:
         with pytest.raises(Forbidden):
-            world.engine.guard.check_upload(table, policy, new=new)
+            world.engine.reach.check_upload(table, policy, new=new)
 
 
 def test_directories(tmp_path: Path) -> None:
@@ -942,5 +942,5 @@ def test_tables_of_the_server(tmp_path: Path, in_a_file: bool) -> None:
         cursor.run("create table ui_state as select 1")
     for table in (("meta", "sync_rooms"), ("META", "ui_state")):
         with pytest.raises(Forbidden):
-            engine.guard.check_upload(table, policy, new=True)
+            engine.reach.check_upload(table, policy, new=True)
     engine.close(time.monotonic() + DEADLINE)

@@ -8,7 +8,7 @@ is not on a list of what is known to be harmless is refused.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import duckdb
 
@@ -17,13 +17,11 @@ from sqlrooms_server.db.effects import has_changing_word
 from sqlrooms_server.db.functions import CHANGING, FILE_READERS, GENERATORS, METADATA, is_harmless
 from sqlrooms_server.db.plans import MAX_PLANNED_LENGTH, Plan, Unplannable, plan_of
 from sqlrooms_server.db.policy import Policy
-from sqlrooms_server.db.statements import Statements, quote_identifier
+from sqlrooms_server.db.reach import Reach, listed
+from sqlrooms_server.db.statements import Classifier, Statements, quote_identifier
 from sqlrooms_server.db.untyped import without_parameters
 from sqlrooms_server.db.words import Token
 from sqlrooms_server.errors import QueryError
-
-if TYPE_CHECKING:
-    from sqlrooms_server.db.guard import Guard
 
 # Each takes DuckDB 25 ms to find.
 _MAX_MACROS = 100
@@ -81,10 +79,19 @@ _WRITING_NODES = ("CREATE_", "DROP", "ALTER", "VACUUM")
 
 
 class Check:
-    """One check of one text."""
+    """One check of one text. ``reserved``: the keywords that can be no names of functions."""
 
-    def __init__(self, guard: Guard, native: duckdb.DuckDBPyConnection, policy: Policy) -> None:
-        self._guard = guard
+    def __init__(
+        self,
+        reach: Reach,
+        classifier: Classifier,
+        reserved: frozenset[str],
+        native: duckdb.DuckDBPyConnection,
+        policy: Policy,
+    ) -> None:
+        self._reach = reach
+        self._classifier = classifier
+        self._reserved = reserved
         self._native = native
         self._policy = policy
         # Macros that were looked into, and what they are defined as.
@@ -93,7 +100,7 @@ class Check:
         # Otherwise only kinds and extensions matter.
         self._is_closed = policy.is_inside or policy.read_only
         self._reads_files = not policy.is_inside or (
-            bool(guard.directories) and policy.schemas is None
+            bool(reach.directories) and policy.schemas is None
         )
 
     def text(self, sql: str) -> Statements:
@@ -104,7 +111,7 @@ class Check:
                 "params",
             )
         tokens = self._tokens(sql)
-        statements = self._guard.classifier.classify(self._native, sql)
+        statements = self._classifier.classify(self._native, sql)
         if statements.kinds is None:
             self._unparsed(sql)
         if statements.is_several:
@@ -185,14 +192,14 @@ class Check:
                     self._refuse(f"{name}()", "what it reads must be a text, or a list of texts")
                 for path in paths:
                     self._path(path)
-        for name in words.keyword_calls(tokens) - self._guard.reserved_words(self._native):
+        for name in words.keyword_calls(tokens) - self._reserved:
             if name not in self._macros:
                 self._is_harmless_macro(name)
         if words.has_inner_description(tokens):
             self._refuse("DESCRIBE in a statement", "it can be checked alone only")
 
     def _may_call(self, name: str) -> bool:
-        if is_harmless(name) or name in GENERATORS or self._guard.has_function(name):
+        if is_harmless(name) or name in GENERATORS or self._reach.has_function(name):
             return True
         if name in CHANGING:
             return not self._policy.read_only
@@ -232,8 +239,12 @@ class Check:
             self._path(path)
 
     def _path(self, path: str) -> None:
-        if path not in self._guard.directories:
-            self._refuse(repr(path), f"files can be read in {self._guard.directories}")
+        if path not in self._reach.directories:
+            self._refuse(repr(path), f"files can be read in {self._reach.directories}")
+
+    def _inner(self, sql: str) -> None:
+        """Check a text inside of the text."""
+        Check(self._reach, self._classifier, self._reserved, self._native, self._policy).text(sql)
 
     # Step 2: kinds.
 
@@ -294,7 +305,7 @@ class Check:
             while not tokens[i].is_sign(")"):
                 i += 1
             i += 1
-        Check(self._guard, self._native, self._policy).text(_rest(sql, tokens, i))
+        self._inner(_rest(sql, tokens, i))
 
     def _described(self, opening: list[str], sql: str, tokens: list[Token]) -> None:
         """The plan of a description does not tell what it describes."""
@@ -305,7 +316,7 @@ class Check:
         if not following or (opening[0] == "show" and names[:2] in (["tables"], ["all", "tables"])):
             self._planned(sql)
         elif following[0].is_sign("(") or following[0].text in _QUERIES | _DESCRIPTIONS:
-            Check(self._guard, self._native, self._policy).text(_rest(sql, tokens, 1))
+            self._inner(_rest(sql, tokens, 1))
         else:
             self._planned(f"FROM {_rest(sql, tokens, 1)}")
 
@@ -316,7 +327,7 @@ class Check:
 
     def _is_outside(self, name: str) -> bool:
         """Whether ``name`` is a database that is out of bounds."""
-        if not self._policy.is_inside or name in self._guard.catalogs:
+        if not self._policy.is_inside or name in self._reach.catalogs:
             return False
         found = self._native.execute(
             "SELECT 1 FROM duckdb_databases() WHERE lower(database_name) = ?", [name]
@@ -347,7 +358,7 @@ class Check:
         for name, _ in words.calls(tokens):
             if not is_harmless(name) and (name not in CHANGING or self._policy.schemas is not None):
                 self._refuse(f"{name}() in this place", "what it does cannot be checked there")
-        for name in words.keyword_calls(tokens) - self._guard.reserved_words(self._native):
+        for name in words.keyword_calls(tokens) - self._reserved:
             if self._is_harmless_macro(name):
                 self._refuse(f"{name}() in this place", "what it does cannot be checked there")
 
@@ -402,25 +413,25 @@ class Check:
             self._plan(plan)
 
     def _plan(self, plan: Plan) -> None:
-        policy, guard = self._policy, self._guard
+        policy, reach = self._policy, self._reach
         for name in sorted(plan.functions):
-            is_open = is_harmless(name) or guard.has_function(name)
+            is_open = is_harmless(name) or reach.has_function(name)
             if not is_open and not (name in CHANGING and not policy.read_only):
                 self._refuse(f"{name}()", "it is not among the functions that are open")
         for name in sorted(plan.calls):
             if not self._may_call(name):
                 self._refuse(f"{name}()", "it is not among the functions that are open")
         for name in sorted(plan.table_functions):
-            is_open = name in GENERATORS or guard.has_function(name)
+            is_open = name in GENERATORS or reach.has_function(name)
             is_open = is_open or (name in METADATA and policy.schemas is None)
             if not is_open and not (name in FILE_READERS and self._reads_files):
                 self._refuse(f"{name}()", "it is not among the table functions that are open")
         for table in plan.reads:
-            guard.check_table(table, policy, "Reading")
+            reach.check_table(table, policy, "Reading")
         for table in plan.sequences:
-            guard.check_table(table, policy, "The sequence")
+            reach.check_table(table, policy, "The sequence")
         for table in plan.writes:
-            guard.check_table(table, policy, "Changing")
+            reach.check_table(table, policy, "Changing")
         if policy.read_only and plan.writes:
             self._refuse("Changing " + ".".join(plan.writes[0]), "nothing may be changed")
         for node in sorted(plan.nodes):
@@ -435,10 +446,10 @@ class Check:
 
     def _target(self, target: tuple[str, ...]) -> None:
         first = target[0].lower()
-        if self._guard.is_fixed(target):
+        if self._reach.is_fixed(target):
             self._refuse("Changing " + ".".join(target), "it is of the server")
-        if len(target) > 2 or first in self._guard.catalogs:
-            self._guard.check_table(target, self._policy, "Changing")
+        if len(target) > 2 or first in self._reach.catalogs:
+            self._reach.check_table(target, self._policy, "Changing")
         elif self._is_outside(first):
             self._refuse("Changing " + ".".join(target), "it is in another database")
         elif self._policy.schemas is not None and first not in self._policy.schemas:
@@ -474,7 +485,3 @@ def _rest(sql: str, tokens: list[Token], i: int) -> str:
 
 def _until(sql: str, tokens: list[Token], i: int) -> str:
     return sql.encode()[: tokens[i].start].decode()
-
-
-def listed(names: frozenset[str] | None) -> str:
-    return ", ".join(sorted(names or ())) or "none"

@@ -24,6 +24,7 @@ from sqlrooms_server.db.cursor import Cursor, is_conflict, query_failure
 from sqlrooms_server.db.guard import Guard
 from sqlrooms_server.db.plans import Readings
 from sqlrooms_server.db.policy import UNRESTRICTED, Policy
+from sqlrooms_server.db.reach import Reach
 from sqlrooms_server.db.sandbox import Sandbox
 from sqlrooms_server.db.statements import MAX_NESTING, Classifier, quote_identifier, quote_literal
 from sqlrooms_server.db.versions import Versions
@@ -97,13 +98,8 @@ class Engine:
             raise
 
         self.readings = Readings(self.versions, self.catalog)
-        self.guard = Guard(
-            self.versions,
-            self.classifier,
-            self.catalog,
-            self._sandbox.directories,
-            self._sandbox.functions,
-        )
+        self.reach = Reach(self.catalog, self._sandbox.directories, self._sandbox.functions)
+        self.guard = Guard(self.versions, self.classifier, self.reach)
 
     def bounded(self, policy: Policy) -> Policy:
         """``policy`` of somebody within what the sandbox allows everybody."""
@@ -160,7 +156,7 @@ class Engine:
                 f"ATTACH {quote_literal(path)} AS {quote_identifier(name)}{mode}"
             )
 
-        self.guard.add_catalog(name)
+        self.reach.add_catalog(name)
 
     def lock(self) -> None:
         """Before the first client, and after everything else: lock DuckDB, if it is to be."""

@@ -26,7 +26,7 @@ def create_meta_tables(engine: Engine, namespace: str, meta_db: str) -> None:
     """
     if meta_db:
         engine.attach(meta_db, namespace)
-    engine.guard.protect(namespace, is_catalog=bool(meta_db), closed=_ROOMS, kept=[_STATE])
+    engine.reach.protect(namespace, is_catalog=bool(meta_db), closed=_ROOMS, kept=[_STATE])
     if engine.read_only:
         return
     quoted = quote_identifier(namespace)

@@ -190,7 +190,7 @@ class Uploads(Feature):
     def _check(self, policy: Policy, table: TableName, mode: UploadMode) -> None:
         """Raise ``Forbidden`` when ``policy`` does not let ``table`` be written so."""
         if not policy.is_open:
-            self._engine.guard.check_upload(table, policy, new=mode != "append")
+            self._engine.reach.check_upload(table, policy, new=mode != "append")
 
     def _chunk(self, peer: Peer, chunk: UploadChunk) -> None:
         if chunk.table is not None:

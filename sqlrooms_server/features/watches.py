@@ -123,8 +123,8 @@ class Watches(Feature):
         """The versions of ``names``, by what ``changed`` calls those that are known."""
         if names is None:
             return self._told(None, everything.items(), policy)
-        reaches = self._engine.guard.reaches
-        known = {key_of(table): table for table in everything if reaches(table, policy)}
+        includes = self._engine.reach.includes
+        known = {key_of(table): table for table in everything if includes(table, policy)}
         current = {}
         for name in names:
             keys = [key for key in self._keys(name) if key in known]
@@ -207,13 +207,13 @@ class Watches(Feature):
         policy: Policy,
     ) -> dict[str, int]:
         """Those of ``versions`` that somebody who watches ``keys`` is told, by their names."""
-        reaches = self._engine.guard.reaches
+        includes = self._engine.reach.includes
         return {
             self._text(table): version
             for table, version in versions
             if (keys is None or key_of(table) in keys)
             and not self._is_meta(table)
-            and reaches(table, policy)
+            and includes(table, policy)
         }
 
     def _changed(
