@@ -6,12 +6,14 @@ is handled before the token, and who leaves at the wrong moment takes nobody wit
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 import pytest
+from websockets.exceptions import ConnectionClosed
 
 from sqlrooms_server.settings import Settings
 from tests.conftest import LocalServer, ServerProcess
@@ -64,8 +66,10 @@ def test_a_stranger_neither_reads_nor_writes_rooms(guarded: LocalServer) -> None
     ]
     for messages in attempts:
         with guarded.connect() as stranger:
-            for message in messages:
-                stranger.send_raw(message)
+            # The close may be here before the second one is on its way.
+            with contextlib.suppress(ConnectionClosed):
+                for message in messages:
+                    stranger.send_raw(message)
             assert stranger.receive()["code"] == "unauthorized"
     with guarded.connect("/?token=secret") as wire:
         owner = Client(wire, "r")
@@ -169,7 +173,7 @@ def test_joins_and_uploads_of_those_who_are_gone(serve: Callable[..., ServerProc
     upload = framed({"type": "uploadArrow", "tableName": "t"}, ipc_of_one())
     with process.connect() as beside:
         beside.send(type="exec", sql=ENDLESS, queryId="busy")
-        for number in range(40):
+        for number in range(20):
             wire = process.connect()
             for room in range(5):
                 wire.send(type="crdt-join", roomId=f"r{number % 3} {room}")
