@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlrooms_server import __version__
-from sqlrooms_server.access import Access, is_loopback
+from sqlrooms_server.access import Access
 from sqlrooms_server.cache import ResultCache, fingerprint
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.engine import environment as engine_environment
@@ -55,6 +55,7 @@ from sqlrooms_server.transport import (
     TransportLimits,
     UnixSocket,
 )
+from sqlrooms_server.transport.addresses import is_loopback
 
 log = logging.getLogger(__name__)
 

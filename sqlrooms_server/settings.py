@@ -148,9 +148,10 @@ class Settings:
     )
     max_connections: int = _setting(10_000, "WebSocket connections at one time.")
     max_connections_per_address: int = _setting(
-        1000,
+        0,
         "Connections of one IP address (of IPv6: of a /64 network), requests over HTTP included; "
-        "those of a trusted proxy count for the clients behind it.",
+        "those of a trusted proxy count for the clients behind it. 0 means 1000, and any number "
+        "from this machine.",
     )
     max_http_connections: int = _setting(
         1000,
@@ -264,7 +265,7 @@ class Settings:
         for name, low, high in (
             ("port", 0, 65535),
             ("max_connections", 1, 1_000_000),
-            ("max_connections_per_address", 1, 1_000_000),
+            ("max_connections_per_address", 0, 1_000_000),
             ("max_http_connections", 1, 1_000_000),
             # The transport counts a message in 32 bits and is told twice this size.
             ("max_message_size", 1 << 10, 1 << 30),

@@ -101,6 +101,24 @@ def strict() -> Iterator[Recorder]:
     made.transport.stop(time.monotonic() + 2)
 
 
+def test_this_machine_may_connect_as_often_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sqlrooms_server.transport.loop._MAX_PER_ADDRESS", 2)
+    made = Recorder(LIMITS, proxies=Proxies(("127.0.0.2",)))
+    made.start()
+    client = {
+        "source_address": ("127.0.0.2", 0),
+        "additional_headers": {"X-Forwarded-For": "203.0.113.7"},
+    }
+    with ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(Wire(made.url))
+        for _ in range(2):
+            stack.enter_context(Wire(made.url, **client))
+        with pytest.raises(InvalidStatus):
+            Wire(made.url, **client)
+    made.transport.stop(time.monotonic() + 2)
+
+
 def test_an_address_with_too_many_connections(strict: Recorder) -> None:
     # Another address of this machine is that of a proxy, and brings others.
     behind_proxy = {"source_address": ("127.0.0.2", 0)}

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pytest
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 
-from sqlrooms_server.access.origins import Origins, is_loopback
+from sqlrooms_server.access.origins import Origins
 from sqlrooms_server.errors import StartupError
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.transport import HttpRequest
+from sqlrooms_server.transport.addresses import is_loopback
 from tests.conftest import LocalServer
 from tests.wire import Wire, framed, ipc
 

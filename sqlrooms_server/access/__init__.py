@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qs
 
-from sqlrooms_server.access.origins import Origins, is_loopback
+from sqlrooms_server.access.origins import Origins
 from sqlrooms_server.access.roles import ADMIN, NOBODY, Identity, is_user_name
 from sqlrooms_server.access.signed import SIGNED
 from sqlrooms_server.access.token_file import TokenEntry, TokenFile, read_token_file
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.transport.http import HttpRequest
 
-__all__ = ["Access", "Identity", "is_loopback"]
+__all__ = ["Access", "Identity"]
 
 # What identities come from, besides signed tokens.
 _SHARED = "shared token"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 from urllib.parse import urlsplit
 
 from sqlrooms_server.settings import Settings
+from sqlrooms_server.transport.addresses import is_loopback
 from sqlrooms_server.transport.http import HttpRequest
 
 ANY = "*"
@@ -47,17 +47,6 @@ def _is_page_of_this_machine(origin: str) -> bool:
     except ValueError:
         return False
     return parts.scheme in ("http", "https") and is_loopback(_host_name(parts.netloc))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether ``host`` names this machine only."""
-    host = host.lower().rstrip(".")
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _host_name(host: str) -> str:

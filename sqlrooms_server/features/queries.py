@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack
 from typing import IO, Any
 
+from sqlrooms_server.access.roles import ADMIN, Role
 from sqlrooms_server.db.cursor import Cursor, Result
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.results import BROKEN_ARROW, Chunk, arrow_chunks, json_chunks
@@ -50,6 +51,8 @@ class Queries(Feature):
         self._requests = requests
         self._sessions = sessions
         self._settings = settings
+        # Most clients have one role.
+        self._last_bounds = ADMIN, bounds_of(ADMIN, engine.bounded(ADMIN.sql), settings)
 
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
@@ -57,17 +60,16 @@ class Queries(Feature):
 
     def _submit(self, peer: Peer, query: Query) -> None:
         persist = query.options.persist and query.options.session is None
-        # That of now: whoever is disconnected has no role any more, but may have begun what
+        # Those of now: whoever is disconnected has no role any more, but may have begun what
         # others wait for.
-        policy = self._engine.bounded(peer.role.sql)
-        bounds = bounds_of(peer.role, policy, self._settings)
+        bounds = self._bounds_of(peer.role)
         if persist and self._cached.answer(peer, query, bounds):
             return
         request = self._request(peer, query)
         if query.options.session is not None:
             submitted = self._submit_in_session(request, query, query.options.session, bounds)
         else:
-            work = self._work(request, query, bounds, lambda: self._engine.cursor(policy))
+            work = self._work(request, query, bounds, lambda: self._engine.cursor(bounds.policy))
             if persist:
                 work = self._cached.work(request, query, bounds, work)
             submitted = self._requests.submit(request, work)
@@ -78,6 +80,13 @@ class Queries(Feature):
             request.limit(*limit)
         if query.options.progress:
             request.tell_progress()
+
+    def _bounds_of(self, role: Role) -> Bounds:
+        known, bounds = self._last_bounds
+        if role is not known:
+            bounds = bounds_of(role, self._engine.bounded(role.sql), self._settings)
+            self._last_bounds = role, bounds
+        return bounds
 
     def _request(self, peer: Peer, query: Query) -> Request:
         size = query.options.size or len(query.sql)

@@ -57,6 +57,17 @@ def why_not(address: str, port: int) -> str:
     return f"Cannot listen on {address} port {port}: {reason}; {hint}."
 
 
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` names this machine only."""
+    host = host.lower().rstrip(".")
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def place_of(address: str) -> str:
     """What is limited together: an IPv4 address, or a network of IPv6 as one subscriber has it."""
     if ":" not in address:

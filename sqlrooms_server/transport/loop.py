@@ -34,6 +34,9 @@ _MAX_NATIVE_BYTES = 8 << 20
 _TURNS_BETWEEN_LOOKS = 4096
 _PAUSE_SECONDS = 0.005
 
+# More than the clients of an office behind one address.
+_MAX_PER_ADDRESS = 1000
+
 ffi, lib = native.ffi, native.lib
 
 
@@ -63,14 +66,18 @@ class Handler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TransportLimits:
-    """Sizes in bytes, times in seconds. ``max_waiting`` is of sockets that are no WebSockets."""
+    """Sizes in bytes, times in seconds.
+
+    ``max_waiting`` is of sockets that are no WebSockets. ``max_per_address`` counts loopback
+    addresses, too, unless it is 0, which means 1000.
+    """
 
     max_message_size: int
     max_body: int
     max_queued: int
     max_connections: int
     idle_timeout: int
-    max_per_address: int = 1_000_000
+    max_per_address: int = 0
     max_waiting: int = 1_000_000
 
 
@@ -101,7 +108,11 @@ class Transport:
             self._tls, proxies, proxy_headers, is_unix=unix_socket is not None
         )
         self._sockets = Sockets(
-            SocketLimits(limits.max_waiting, limits.max_per_address, sockets.descriptors())
+            SocketLimits(
+                limits.max_waiting,
+                limits.max_per_address or _MAX_PER_ADDRESS,
+                sockets.descriptors(),
+            )
         )
         self._exchanges = Exchanges(
             self._tls, self._reader, self._sockets, handler.http, limits.max_body
@@ -395,12 +406,16 @@ class Transport:
             return
         try:
             peer = self._reader.peer(res)
-            is_exempt = peer == UNIX or self._reader.is_trusted(peer)
+            is_exempt = peer == UNIX or self._reader.is_trusted(peer) or self._is_local(peer)
             surplus = self._sockets.opened(key, None if is_exempt else peer, native.descriptor(res))
             if surplus is not None:
                 lib.uws_res_close(self._tls, native.integer_pointer(surplus))
         except Exception:  # loop-callback guard
             log.exception("A socket could not be accepted.")
+
+    def _is_local(self, peer: str) -> bool:
+        """Whether ``peer`` is of this machine, and such ones are not counted."""
+        return not self._limits.max_per_address and addresses.is_loopback(peer)
 
     def _on_open(self, ws: Any, user_data: Any) -> None:
         number = native.pointer_key(native.ws_user_data(self._tls, ws))
