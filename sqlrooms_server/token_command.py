@@ -20,6 +20,7 @@ from sqlrooms_server.access import Access
 from sqlrooms_server.access.key_files import read_key_file
 from sqlrooms_server.access.roles import Identity, is_user_name
 from sqlrooms_server.access.token_file import HASH_PREFIX, TokenFile, read_token_file
+from sqlrooms_server.db.policy import Policy
 from sqlrooms_server.errors import StartupError
 from sqlrooms_server.settings import Settings
 
@@ -213,7 +214,7 @@ def _about(identity: Identity) -> str:
     lines = [
         f"user            {identity.user}{_until(identity.expires_at)}",
         f"role            {role.name}",
-        f"sql             {role.sql}",
+        f"sql             {_rules(role.sql)}",
         f"read_channels   {role.read_channels}",
         f"write_channels  {role.write_channels}",
         f"read_rooms      {role.read_rooms}",
@@ -222,6 +223,19 @@ def _about(identity: Identity) -> str:
     numbers = ("max_result_rows", "query_timeout", "request_rate")
     lines += [f"{name:15} {getattr(role, name)}" for name in numbers if getattr(role, name)]
     return "\n".join(lines)
+
+
+def _rules(policy: Policy) -> str:
+    rules = [
+        "reads" if policy.read_only else "reads and changes",
+        "files and network" if policy.files else "nothing outside of the database",
+    ]
+    if policy.extensions:
+        rules.append("extensions")
+    for what, names in (("schemas", policy.schemas), ("statements", policy.kinds)):
+        if names is not None:
+            rules.append(f"{what} {', '.join(sorted(names)) or 'none'}")
+    return "; ".join(rules)
 
 
 def _until(expires_at: float | None) -> str:

@@ -482,6 +482,7 @@ def test_new_tokens_are_added_to_the_file(
     monkeypatch.setattr(sys, "stdin", io.StringIO(second))
     status, told, _ = run(capsys, "check", "--tokens", str(path))
     assert status == 0 and "bob" in told and "reader" in told
+    assert "sql             reads; nothing outside of the database" in told
     monkeypatch.setattr(sys, "stdin", io.StringIO("wrong\n"))
     status, _, told = run(capsys, "check", "--tokens", str(path))
     assert (status, told) == (1, "This token is not right, or has expired.\n")

@@ -185,7 +185,13 @@ class Check:
             if bracket > 1 and tokens[bracket - 2].text == "pragma":
                 continue
             if not self._may_call(name):
-                self._refuse(f"{name}()", "it is not among the functions that are open")
+                is_reader = name in FILE_READERS
+                why = (
+                    "files are closed"
+                    if is_reader
+                    else "it is not among the functions that are open"
+                )
+                self._refuse(f"{name}()", why)
             if name in FILE_READERS and self._policy.is_inside:
                 paths = words.literal_paths(tokens, bracket)
                 if paths is None:
