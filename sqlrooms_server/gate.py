@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from sqlrooms_server.access import EVERYBODY, Access, Identity
-from sqlrooms_server.access.failures import Failures
+from sqlrooms_server.access.credentials import UNAUTHORIZED, Credentials
 from sqlrooms_server.access.roles import Role
 from sqlrooms_server.access.strangers import Strangers
 from sqlrooms_server.access.token_file import TokenFile
@@ -55,9 +55,6 @@ _RESTART = 1012
 # What belongs to a request that was counted, or has a limit of its own.
 _NO_REQUESTS = (Ack, Cancel, UploadChunk, RoomUpdate, RoomPresence)
 
-# Clients look for this word, and close then.
-_UNAUTHORIZED = "unauthorized"
-
 
 class Gate:
     """Stands before every kind of frame and every request.
@@ -78,10 +75,10 @@ class Gate:
         self._limits = limits
         self._timers = timers
         self._post = post
-        self._failures = Failures(settings.max_auth_failures)
+        self._credentials = Credentials(access, settings.max_auth_failures)
         # Pages can send requests with wrong tokens, and browsers do not tell the origin of images.
         # That must not keep a visitor of such a page from connecting.
-        self._failures_over_http = Failures(settings.max_auth_failures)
+        self._over_http = Credentials(access, settings.max_auth_failures)
         # Those that are connected and have not said who they are.
         self._strangers: Strangers[Peer] = Strangers(settings.max_strangers)
         # What had come on their sockets before.
@@ -115,8 +112,8 @@ class Gate:
 
     def _use(self, file: TokenFile | None) -> None:
         self._access.use(file)
-        self._failures.forget_known()
-        self._failures_over_http.forget_known()
+        self._credentials.forget_known()
+        self._over_http.forget_known()
         closed = 0
         for peer in list(self._known):
             assert peer.identity is not None
@@ -141,7 +138,7 @@ class Gate:
         if not self.needs_token:
             peer.identify(EVERYBODY)
             return peer
-        found = self._credentials(request, self._failures)
+        found = self._credentials.of(request)
         if isinstance(found, Refusal):
             if found.status != 401:
                 return found
@@ -200,7 +197,7 @@ class Gate:
         if not self.needs_token:
             peer.send(_AUTH_ACK)
             return
-        found = self._identify(message.token, peer.remote_address, self._failures)
+        found = self._credentials.identify(message.token, peer.remote_address)
         if isinstance(found, Refusal):
             self._disconnect(peer, found.text.strip() if found.status == 429 else "")
         elif peer.identity is not None and (found.user, found.role) != (
@@ -233,7 +230,7 @@ class Gate:
             return refusal
         if not self.needs_token:
             return EVERYBODY
-        found = self._credentials(request, self._failures_over_http) or Refusal(401, _UNAUTHORIZED)
+        found = self._over_http.of(request) or Refusal(401, UNAUTHORIZED)
         if isinstance(found, Refusal) or self._may_ask(found.role, found.user):
             return found
         role = found.role
@@ -246,7 +243,7 @@ class Gate:
             return None
         if not self.needs_token:
             return EVERYBODY
-        found = self._credentials(request, self._failures_over_http)
+        found = self._over_http.of(request)
         return None if isinstance(found, Refusal) else found
 
     def _refusal(self, request: HttpRequest) -> Refusal | None:
@@ -255,26 +252,6 @@ class Gate:
             return None
         log.warning("Refused a request from %s: %s.", request.remote_address, reason)
         return Refusal(403, f"{reason}\n")
-
-    def _credentials(self, request: HttpRequest, failures: Failures) -> Identity | Refusal | None:
-        """Who sent ``request``; None when it does not say."""
-        identity = self._access.of_proxy(request)
-        if identity is not None:
-            return identity
-        token = self._access.token_of(request)
-        return None if token is None else self._identify(token, request.remote_address, failures)
-
-    def _identify(self, token: str, address: str, failures: Failures) -> Identity | Refusal:
-        wait = failures.wait(address, token)
-        if wait:
-            text = f"Too many wrong tokens from {address}; wait {wait} s (--max-auth-failures).\n"
-            return Refusal(429, text)
-        identity = self._access.identify(token)
-        if identity is None:
-            failures.count(address)
-            return Refusal(401, _UNAUTHORIZED)
-        failures.remember(address, token)
-        return identity
 
     def _admit(self, peer: Peer, identity: Identity) -> None:
         peer.identify(identity)
@@ -321,7 +298,7 @@ class Gate:
 
     def _disconnect(self, peer: Peer, reason: str = "") -> None:
         """Tell ``peer`` that it is not, or no longer, authorised, and close it."""
-        text = f"{_UNAUTHORIZED}: {reason}" if reason else _UNAUTHORIZED
+        text = f"{UNAUTHORIZED}: {reason}" if reason else UNAUTHORIZED
         peer.send_error(Unauthorized(text))
         self._close(peer, _POLICY, text)
 
