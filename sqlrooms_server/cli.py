@@ -223,16 +223,18 @@ class _Signals:
 def _welcome(settings: Settings, port: int) -> str:
     from sqlrooms_server.db import room_files
     from sqlrooms_server.db.cursor import DUCKDB_VERSION
+    from sqlrooms_server.transport.addresses import is_loopback
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     if host == "127.0.0.1":
         host = "localhost"
     mode = ", read-only" if settings.read_only else ""
-    access = (
-        "token required"
-        if settings.auth_token or settings.tokens
-        else "pages and programs of this machine"
-    )
+    if settings.auth_token or settings.tokens:
+        access = "token required"
+    elif settings.unix_socket or is_loopback(settings.host):
+        access = "pages and programs of this machine"
+    else:
+        access = "whoever can reach it"
     secure = "s" if settings.tls_cert else ""
     address, health = f"ws{secure}://{host}:{port}", f"http{secure}://{host}:{port}/readyz"
     if settings.unix_socket:

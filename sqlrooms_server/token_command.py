@@ -179,7 +179,9 @@ def _replace(path: Path, place: Path, data: bytes) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     file = read_token_file(options.tokens)
-    token = getpass.getpass("Token (empty to list the file): ") if sys.stdin.isatty() else input_()
+    token = (
+        getpass.getpass("Token (empty to list the file): ") if sys.stdin.isatty() else _first_line()
+    )
     if not token:
         print(_summary(file))
         return 0
@@ -191,8 +193,9 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
-def input_() -> str:
-    """The first line of standard input."""
+def _asked_token() -> str:
+    if sys.stdin.isatty():
+        return getpass.getpass("Token (empty to list the file): ")
     return sys.stdin.readline().strip()
 
 
