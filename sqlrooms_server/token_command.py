@@ -179,9 +179,7 @@ def _replace(path: Path, place: Path, data: bytes) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     file = read_token_file(options.tokens)
-    token = (
-        getpass.getpass("Token (empty to list the file): ") if sys.stdin.isatty() else _first_line()
-    )
+    token = _asked_token()
     if not token:
         print(_summary(file))
         return 0
