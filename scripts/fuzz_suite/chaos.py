@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import shutil
 import time
@@ -35,9 +36,13 @@ _PAUSE_SECONDS = 16.0
 _TOLERANCE_MIB = 96.0
 _TOLERANCE_SHARE = 0.25
 
+# Each worker that reads the cache at the same time as others has a connection to it, of two
+# descriptors, from then on; so has the writer.
+_MAX_OF_CACHE = 2 * (max(4, 2 * (os.cpu_count() or 1)) + 1)
+
 # Pauses in which the counts of descriptors and threads must not grow; and what may be added before,
-# since pools (of workers, of Arrow, of those who read the cache, each with two descriptors) open
-# what they need when they first need it. What leaked with connections would be hundreds.
+# since pools (of workers, of Arrow) open what they need when they first need it. What leaked with
+# connections would be hundreds.
 _STEADY = 2
 _POOLED = 8
 
@@ -167,6 +172,8 @@ def _compare(report: Report, victim: Victim) -> None:
     base = max(first.memory, second.memory)
     if last.memory > base * (1 + _TOLERANCE_SHARE) + _TOLERANCE_MIB:
         report.failures.append(f"memory grew from {base:.0f} to {last.memory:.0f} MiB")
+    if last.of_cache > _MAX_OF_CACHE:
+        report.failures.append(f"{last.of_cache} descriptors on the cache, over {_MAX_OF_CACHE}")
     for what in ("descriptors", "threads"):
         counts = [getattr(held, what) for held in report.pauses]
         if counts[-1] > max(counts[:-_STEADY]) or counts[-1] > counts[0] + _POOLED:

@@ -24,6 +24,9 @@ OPTIONS = (
     *("--memory-limit", "1GB", "--threads", "2", "--sync"),
 )
 
+# Of the database of the cache.
+_CACHE_FILES = ("/cache.db", "/cache.db-wal")
+
 
 @dataclass(frozen=True)
 class Held:
@@ -32,6 +35,7 @@ class Held:
     memory: float
     memory_of_rooms: float
     descriptors: int
+    of_cache: int
     threads: int
 
 
@@ -70,15 +74,21 @@ class Victim:
 
     def held(self) -> Held:
         children = sum(child.memory_info().rss for child in self._ps.children())
+        links = self._links()
+        of_cache = sum(link.endswith(_CACHE_FILES) for link in links)
         return Held(
             memory=self._ps.memory_info().rss / (1 << 20),
             memory_of_rooms=children / (1 << 20),
-            descriptors=self._ps.num_fds(),
+            descriptors=len(links) - of_cache,
+            of_cache=of_cache,
             threads=self._ps.num_threads(),
         )
 
     def descriptors(self) -> list[str]:
-        """What its descriptors are, for the one who looks for a leak."""
+        """What its descriptors are, but for those on the database of the cache."""
+        return [link for link in self._links() if not link.endswith(_CACHE_FILES)]
+
+    def _links(self) -> list[str]:
         links = []
         for link in Path(f"/proc/{self._process.pid}/fd").iterdir():
             try:
