@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import datetime
 import getpass
-import hashlib
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sqlrooms_server.access import Access
-from sqlrooms_server.access.key_files import read_key_file
+from sqlrooms_server.access.key_files import digest_of, read_key_file
 from sqlrooms_server.access.roles import Identity, is_user_name
 from sqlrooms_server.access.token_file import HASH_PREFIX, TokenFile, read_token_file
 from sqlrooms_server.db.policy import Policy
@@ -109,7 +108,7 @@ def _new(options: argparse.Namespace) -> int:
 
 
 def _entry(name: str, role: str, expires: datetime.date | None, token: str) -> str:
-    digest = hashlib.sha256(token.encode()).hexdigest()
+    digest = digest_of(token).hex()
     lines = [
         f"[tokens.{_quoted(name)}]",
         f"role = {_quoted(role)}",

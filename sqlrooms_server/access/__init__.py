@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import time
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qs
 
+from sqlrooms_server.access.key_files import digest_of
 from sqlrooms_server.access.origins import Origins
 from sqlrooms_server.access.roles import ADMIN, NOBODY, Identity, is_user_name
 from sqlrooms_server.access.signed import SIGNED
@@ -31,7 +31,7 @@ class Access:
 
     def __init__(self, settings: Settings) -> None:
         self.origins = Origins(settings)
-        self._token = _digest(settings.auth_token) if settings.auth_token else None
+        self._token = digest_of(settings.auth_token) if settings.auth_token else None
         self._cookie = settings.auth_cookie
         self._path = Path(settings.tokens) if settings.tokens else None
         self._file: TokenFile | None = None if self._path is None else read_token_file(self._path)
@@ -50,7 +50,7 @@ class Access:
 
     def identify(self, token: str) -> Identity | None:
         """Whose ``token`` is; None when it is wrong. Takes the same time wherever it differs."""
-        digest = _digest(token)
+        digest = digest_of(token)
         found = None
         if self._token is not None and hmac.compare_digest(digest, self._token):
             found = Identity("", ADMIN, _SHARED)
@@ -121,10 +121,6 @@ class Access:
                 if name == self._cookie and value:
                     return value
         return None
-
-
-def _digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
 def _listed(entry: TokenEntry) -> Identity | None:

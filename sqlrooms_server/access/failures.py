@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from sqlrooms_server.access.key_files import digest_of
 from sqlrooms_server.transport.addresses import place_of
 
 # Seconds for which failures count, from the first one on.
@@ -40,7 +40,7 @@ class Failures:
     def wait(self, address: str, token: str) -> int:
         """Seconds until ``token`` from ``address`` is looked at; 0 when it is now."""
         record = self._records.get(place_of(address))
-        if record is None or record.count < self._limit or _digest(token) in record.known:
+        if record is None or record.count < self._limit or digest_of(token) in record.known:
             return 0
         left = record.began + WINDOW_SECONDS - self._clock()
         if left > 0:
@@ -59,7 +59,7 @@ class Failures:
     def remember(self, address: str, token: str) -> None:
         """``token`` from ``address`` was right."""
         known = self._record(address, self._clock()).known
-        digest = _digest(token)
+        digest = digest_of(token)
         known.pop(digest, None)
         known[digest] = None
         if len(known) > _MAX_KNOWN:
@@ -78,7 +78,3 @@ class Failures:
                 del self._records[next(iter(self._records))]
             record = self._records[place] = _Record(now)
         return record
-
-
-def _digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()

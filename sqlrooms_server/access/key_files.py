@@ -1,7 +1,9 @@
-"""Files of tokens and keys, which are read again while the server runs."""
+"""What is kept of tokens, and the files of tokens and keys, which are read again while the server
+runs."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -10,6 +12,11 @@ from sqlrooms_server.errors import StartupError
 
 # Ten thousand tokens take 2 MB.
 _MAX_BYTES = 16 << 20
+
+
+def digest_of(token: str) -> bytes:
+    """The SHA-256 of ``token``, which is what is kept of it."""
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
 def read_key_file(path: Path, what: str) -> bytes:

@@ -48,8 +48,9 @@ class Names:
         return ", ".join(p.replace(_USER, self._user or _USER) for p in self._patterns) or "none"
 
     def of(self, user: str) -> Names:
-        """The names when ``{user}`` is ``user``."""
-        return Names(self._patterns, user)
+        """The names when ``{user}`` is ``user``; the same object when that makes no difference."""
+        names_user = any(_USER in pattern for pattern in self._patterns)
+        return Names(self._patterns, user) if names_user else self
 
     @property
     def _key(self) -> tuple[tuple[str, ...], str]:
@@ -60,6 +61,9 @@ def _expression(pattern: str, user: str) -> str:
     parts = (re.escape(part).replace(r"\*", "(?s:.*)") for part in pattern.split(_USER))
     return "(?:" + re.escape(user).join(parts) + ")"
 
+
+# What a role has of names.
+_OF_NAMES = ("read_channels", "write_channels", "read_rooms", "write_rooms")
 
 ALL_NAMES = Names(["*"])
 NO_NAMES = Names([])
@@ -89,13 +93,10 @@ class Role:
 
     def of(self, user: str) -> Role:
         """The role as ``user`` has it."""
-        return replace(
-            self,
-            read_channels=self.read_channels.of(user),
-            write_channels=self.write_channels.of(user),
-            read_rooms=self.read_rooms.of(user),
-            write_rooms=self.write_rooms.of(user),
-        )
+        names = {name: getattr(self, name).of(user) for name in _OF_NAMES}
+        if all(getattr(self, name) is value for name, value in names.items()):
+            return self
+        return replace(self, **names)
 
 
 ADMIN = Role(name="admin")

@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlrooms_server.access.roles import Role
 from sqlrooms_server.db.cursor import Result
+from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.policy import Policy
 from sqlrooms_server.errors import Timeout, TooLarge
 from sqlrooms_server.messages import Options
@@ -28,15 +29,15 @@ class Bounds:
     seconds_by: str
 
 
-def bounds_of(role: Role, policy: Policy, settings: Settings) -> Bounds:
-    """``policy``, and the lower ones of the limits of ``role`` and of the server."""
+def bounds_of(role: Role, engine: Engine, settings: Settings) -> Bounds:
+    """What ``role`` and the server both allow."""
     rows, rows_by = settings.max_result_rows, "--max-result-rows"
     if role.max_result_rows and not 0 < rows <= role.max_result_rows:
         rows, rows_by = role.max_result_rows, f"max_result_rows of role {role.name!r}"
     seconds, seconds_by = settings.query_timeout, "--query-timeout"
     if role.query_timeout and not 0 < seconds <= role.query_timeout:
         seconds, seconds_by = role.query_timeout, f"query_timeout of role {role.name!r}"
-    return Bounds(policy, rows, rows_by, seconds, seconds_by)
+    return Bounds(engine.bounded(role.sql), rows, rows_by, seconds, seconds_by)
 
 
 def bound_rows(result: Result, options: Options, bounds: Bounds, *, count: bool = False) -> str:

@@ -143,8 +143,7 @@ class LiveQueries(Feature):
             return
         if not self._requests.register(subscription):
             return
-        policy = self._engine.bounded(peer.role.sql)
-        bounds = bounds_of(peer.role, policy, self._settings)
+        bounds = bounds_of(peer.role, self._engine, self._settings)
         key = _key(live, bounds)
         query = self._queries.get(key)
         if query is None:

@@ -52,7 +52,7 @@ class Queries(Feature):
         self._sessions = sessions
         self._settings = settings
         # Most clients have one role.
-        self._last_bounds = ADMIN, bounds_of(ADMIN, engine.bounded(ADMIN.sql), settings)
+        self._last_bounds = ADMIN, bounds_of(ADMIN, engine, settings)
 
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
@@ -84,7 +84,7 @@ class Queries(Feature):
     def _bounds_of(self, role: Role) -> Bounds:
         known, bounds = self._last_bounds
         if role is not known:
-            bounds = bounds_of(role, self._engine.bounded(role.sql), self._settings)
+            bounds = bounds_of(role, self._engine, self._settings)
             self._last_bounds = role, bounds
         return bounds
 
