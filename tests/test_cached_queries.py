@@ -367,7 +367,7 @@ def test_what_is_counted(server: LocalServer) -> None:
         ask(wire, "from t")
         ask(wire, "select random()")
         ask(wire, "from nowhere")
-        cache = server.server._cache
+        cache = server.server.main.database.cache
         assert cache is not None
         cache.flush()
         counted = stats(wire)
@@ -471,7 +471,7 @@ def test_a_slow_reader_may_cancel(wire: Wire) -> None:
 
 def test_hits_from_disk_leave_nothing_open(launch: Callable[..., LocalServer]) -> None:
     server = launch()
-    cache = server.server._cache
+    cache = server.server.main.database.cache
     assert cache is not None
     with server.connect() as wire:
         small, large = "select 1 as a", "from range(200000)"
@@ -491,7 +491,7 @@ def test_a_directory_that_someone_damages(
     launch: Callable[..., LocalServer], tmp_path: Path
 ) -> None:
     server = launch(cache_dir=str(tmp_path))
-    cache = server.server._cache
+    cache = server.server.main.database.cache
     assert cache is not None
     chance = random.Random(2026)
     queries = {f"select {n} + range as a from range({10 ** (n + 1)})": n for n in range(6)}
@@ -607,7 +607,7 @@ def test_when_all_cancel_the_run_ends(launch: Callable[..., LocalServer]) -> Non
             assert replies["error"]["code"] == "cancelled"
         # The only worker is free.
         assert one.rows("select 1 as a") == [{"a": 1}]
-        assert server.server._scheduler._jobs == set()
+        assert server.server.scheduler._jobs == set()
 
 
 def test_stopping_one_takes_no_worker(launch: Callable[..., LocalServer]) -> None:

@@ -92,7 +92,7 @@ def test_cancel_after_the_work_is_done_but_not_yet_sent(server: LocalServer, wir
     with wire_beside(wire) as other:
         while other.rows("select count(*) as n from wide")[0]["n"] != 120_000:
             pass
-    requests = server.server._requests
+    requests = server.server.main.requests
     # The commit is seen a moment before the work is done, or waits for the reader.
     ran = (State.DONE, State.PARKED)
     while not any(

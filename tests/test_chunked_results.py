@@ -41,7 +41,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def jobs_of(server: LocalServer) -> Any:
-    return server.server._scheduler._jobs
+    return server.server.scheduler._jobs
 
 
 @pytest.mark.parametrize("sql", SQLS)
@@ -298,7 +298,9 @@ def test_a_client_that_does_not_go_on_gets_timeout(launch: Callable[..., LocalSe
             assert "--stream-idle-timeout" in asked.error["error"]
             assert len(asked.body) == 1000
         streams.settle()
-        assert not server.server._requests.find(next(iter(server.server._requests._clients)), "s")
+        assert not server.server.main.requests.find(
+            next(iter(server.server.main.requests._clients)), "s"
+        )
         wait_until(lambda: not jobs_of(server))
         assert wire.rows("select 1 as a") == [{"a": 1}]
 
@@ -330,7 +332,7 @@ def test_a_disconnect_frees_everything(server: LocalServer, window: int | None) 
         streams.receive()
         abort(wire)
     wait_until(lambda: not jobs_of(server))
-    wait_until(lambda: not server.server._requests._clients)
+    wait_until(lambda: not server.server.main.requests._clients)
     with server.connect() as wire:
         # No transaction is left open that would hold a checkpoint up.
         wire.exec("create table t as select 1 as i")

@@ -224,7 +224,7 @@ def test_a_lost_connection_rolls_back(server: LocalServer) -> None:
         with server.connect() as wire:
             send_chunk(wire, several_batches(TABLE)[:20_000], 0, False)
             assert wire.receive()["type"] == "uploadProgress"
-        while server.server._scheduler._jobs:
+        while server.server.scheduler._jobs:
             pass
         assert other.rows("from t") == [{"i": 42}]
         assert upload(other, ipc(TABLE))["rows"] == 5000
@@ -257,7 +257,7 @@ def test_a_client_that_does_not_wait_is_refused(launch: Callable[..., LocalServe
     server = launch(workers=1)
     with server.connect() as wire, server.connect() as busy:
         busy.send(type="arrow", sql=ENDLESS, queryId="b")
-        while not server.server._scheduler._began:
+        while not server.server.scheduler._began:
             pass
         for seq in range(6):
             send_chunk(wire, bytes(UPLOAD_WINDOW_BYTES // 4), seq, False)

@@ -325,7 +325,7 @@ def test_a_commit_while_a_watch_begins(
     server: LocalServer, db: Client, other: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It comes when the server has just looked at what has changed, and is told once."""
-    versions = server.server._engine.versions
+    versions = server.server.main.database.engine.versions
     known = versions.known
 
     def known_before(since: int = 0) -> Any:

@@ -31,6 +31,8 @@ LAYERS = [
     ["hub"],
     ["features"],
     ["token_command"],
+    ["database"],
+    ["app"],
     ["server"],
     ["cli"],
     ["__main__"],

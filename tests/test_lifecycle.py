@@ -59,7 +59,7 @@ def test_http_routes(server: LocalServer) -> None:
 
 
 def test_not_ready_when_duckdb_fails(server: LocalServer) -> None:
-    server.server._engine._connection.close()
+    server.server.main.database.engine._connection.close()
     assert get(server.port, "/readyz") == (503, b"DuckDB failed")
 
 
@@ -80,7 +80,7 @@ def test_clients_that_leave_are_forgotten(server: LocalServer) -> None:
         deadline = time.monotonic() + DEADLINE
         while len(server.server._transport.connections) > 1:
             assert time.monotonic() < deadline
-        clients = server.server._requests._clients
+        clients = server.server.main.requests._clients
         # The answer to the last one is sent a moment before its id is free.
         while len(clients) > 1 or any(client.requests for client in list(clients.values())):
             assert time.monotonic() < deadline
@@ -114,7 +114,7 @@ def test_not_ready_while_starting(monkeypatch: pytest.MonkeyPatch) -> None:
         assert opening.wait(DEADLINE)
         return Engine(*arguments, **options)
 
-    monkeypatch.setattr("sqlrooms_server.server.Engine", open_slowly)
+    monkeypatch.setattr("sqlrooms_server.database.Engine", open_slowly)
     server = Server(Settings(port=0, auth_token="t"))
     starting = threading.Thread(target=server.start)
     starting.start()
@@ -346,7 +346,7 @@ def test_a_message_whose_handler_fails_is_answered(
 
     with server.connect() as wire:
         wire.table("select 1")
-        server.server._handlers[Cancel] = fail
+        server.server.main._handlers[Cancel] = fail
         reply = wire.request(type="cancel", queryId=7)
         assert (reply["type"], reply["queryId"], reply["code"]) == ("error", 7, "internal")
         assert "a defect" in caplog.text and "a defect" not in reply["error"]

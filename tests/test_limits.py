@@ -188,7 +188,7 @@ def test_cancel_of_a_large_result_with_max_rows(server: LocalServer) -> None:
         assert replies["cancelAck"]["cancelled"] is True
         assert replies["error"]["code"] == "cancelled"
         wire.send(type="arrow", sql=BIG, queryId="sent", maxRows=10**12)
-        requests = server.server._requests
+        requests = server.server.main.requests
         wait_until(
             lambda: any(
                 request._outbox is not None

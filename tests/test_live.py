@@ -30,7 +30,7 @@ class Runs:
         self.started: list[str] = []
         self.ended = 0
         self.most_at_once = 0
-        features = server.server._features
+        features = server.server.main._features
         self.live = next(one for one in features if isinstance(one, LiveQueries))
         self._work = self.live._work
         self.live._work = self._counted  # type: ignore[method-assign, assignment]

@@ -192,7 +192,7 @@ def test_live_queries_and_sessions(reader: Wire) -> None:
 
 
 def test_progress_is_told(select: LocalServer) -> None:
-    with select.server._engine.cursor() as cursor:
+    with select.server.main.database.engine.cursor() as cursor:
         cursor.show_progress()
         told = cursor.native.execute("SELECT current_setting('enable_progress_bar')").fetchall()
     assert told == [(True,)]
@@ -250,7 +250,7 @@ def test_the_database_can_be_changed(writer: Wire, database: LocalServer, place:
 
 def test_duckdb_is_locked_too(database: LocalServer, place: Place) -> None:
     """Whatever the guard may have missed."""
-    engine = database.server._engine
+    engine = database.server.main.database.engine
     native = engine.native_cursor()
     for sql in (
         f"from read_text('{place.secret}')",

@@ -128,7 +128,7 @@ def test_a_disconnect_rolls_back(server: LocalServer) -> None:
             wire = server.connect()
             Session(wire).run("begin", "insert into t values (2)", "create table u(i int)")
             leave(wire)
-            wait_until(lambda: not server.server._sessions._open)
+            wait_until(lambda: not server.server.main.sessions._open)
             assert count(other) == 1
             assert "does not exist" in other.arrow("from u")["error"]
             # No lock is left either.
@@ -145,7 +145,7 @@ def test_a_disconnect_while_the_session_runs(server: LocalServer) -> None:
         wire.send(type="exec", sql="commit", session="s", queryId=2)
         wire.request(type="hello")
         abort(wire)
-        wait_until(lambda: not server.server._sessions._open)
+        wait_until(lambda: not server.server.main.sessions._open)
         assert count(other) == 1
 
 
@@ -157,7 +157,7 @@ def test_an_idle_session_ends_and_says_so_until_it_is_closed(
         wire.exec("create table t as select 1 as i")
         session = Session(wire)
         session.run("begin", "insert into t values (2)")
-        wait_until(lambda: not server.server._sessions._open)
+        wait_until(lambda: not server.server.main.sessions._open)
         assert count(other) == 1
         for _ in range(3):
             text = session.fails("insert into t values (3)", "gone")
@@ -239,7 +239,7 @@ def test_limits_of_sessions(launch: Callable[..., LocalServer]) -> None:
             assert Session(first, "a").close()
             Session(second, "b").run("select 1")
             assert Session(first, "c").fails("select 1", "busy")
-        wait_until(lambda: len(server.server._sessions._open) == 1)
+        wait_until(lambda: len(server.server.main.sessions._open) == 1)
         Session(first, "c").run("select 1")
 
 
@@ -447,7 +447,7 @@ def test_a_thousand_sessions_leave_nothing(server: LocalServer) -> None:
             wire.send(type="exec", sql="begin", session=session.name, queryId=number)
             wire.send(type="closeSession", session=session.name)
             assert {wire.receive()["type"] for _ in range(2)} == {"ok", "sessionClosed"}
-        sessions = server.server._sessions
+        sessions = server.server.main.sessions
         assert not sessions._open
         assert not any(sessions._of_peer.values())
     wait_until(lambda: not sessions._of_peer)
@@ -464,7 +464,7 @@ def test_close_session_while_the_server_stops(launch: Callable[..., LocalServer]
         assert server.server.stop()
         replies = [wire.receive(), wire.receive()]
         assert [reply["code"] for reply in replies] == ["shutting_down", "shutting_down"]
-    assert not server.server._sessions._open
+    assert not server.server.main.sessions._open
 
 
 def test_progress_leaves_the_settings_of_a_session(wire: Wire) -> None:

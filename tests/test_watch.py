@@ -374,7 +374,7 @@ def test_a_thousand_tables(both: tuple[Wire, Wire]) -> None:
 
 def test_a_change_while_a_watch_begins(server: LocalServer, wire: Wire) -> None:
     """A commit right after the clock was read, before anybody else watched."""
-    versions = server.server._engine.versions
+    versions = server.server.main.database.engine.versions
     known = versions.known
 
     def meddled(since: int = 0) -> Any:
@@ -407,7 +407,7 @@ def test_a_burst_is_told_completely_and_in_order(server: LocalServer) -> None:
 
         with ThreadPoolExecutor(writers) as pool:
             list(pool.map(write, range(writers)))
-        final = server.server._engine.versions
+        final = server.server.main.database.engine.versions
         latest = {f"t{n}": final.version(f"memory\0main\0t{n}") for n in range(writers)}
         for wire, tables in watchers.items():
             expected = {
