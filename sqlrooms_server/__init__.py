@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sqlrooms_server.errors import ServerError, StartupError
 from sqlrooms_server.settings import Settings
 
 if TYPE_CHECKING:
+    from sqlrooms_server.plugin import Plugin, Response, on, route
     from sqlrooms_server.server import Server
 
 __version__ = "0.2.0.dev0"
-__all__ = ["Server", "ServerError", "Settings", "StartupError", "__version__"]
+__all__ = [
+    "Plugin",
+    "Response",
+    "Server",
+    "ServerError",
+    "Settings",
+    "StartupError",
+    "__version__",
+    "on",
+    "route",
+]
+
+# They load DuckDB and the WebSocket library, which the client needs neither of.
+_LATER = {
+    "Plugin": "plugin",
+    "Response": "plugin",
+    "Server": "server",
+    "on": "plugin",
+    "route": "plugin",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # The server loads DuckDB and the WebSocket library, which the client needs neither of.
-    if name == "Server":
-        from sqlrooms_server.server import Server
-
-        return Server
+    if name in _LATER:
+        return getattr(import_module(f"sqlrooms_server.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,6 +29,10 @@ from sqlrooms_server.gate import Gate
 from sqlrooms_server.jobs import Scheduler
 from sqlrooms_server.messages import Auth, Message
 from sqlrooms_server.peer import Audience, Peer
+from sqlrooms_server.plugin import Plugin
+from sqlrooms_server.plugins.feature import Plugins
+from sqlrooms_server.plugins.host import Host
+from sqlrooms_server.plugins.runner import Runner
 from sqlrooms_server.protocol import Limits, decode
 from sqlrooms_server.rooms.child import is_available
 from sqlrooms_server.rooms.keeping import RoomLimits
@@ -66,7 +70,13 @@ class App:
     the loop thread if nothing else is said.
     """
 
-    def __init__(self, settings: Settings, access: Access, shared: Shared) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        access: Access,
+        shared: Shared,
+        plugins: Sequence[Plugin] = (),
+    ) -> None:
         self._settings = settings
         self._shared = shared
         self._limits = Limits(settings.max_message_size, settings.max_sql_length)
@@ -75,15 +85,19 @@ class App:
         # Messages that came before the database was open, and their bytes.
         self._early: list[tuple[Peer, Connection, bytes, bool]] = []
         self._early_bytes = 0
-        self.gate = Gate(settings, access, self._limits, shared.timers, shared.post)
+        self.gate = Gate(settings, access, self._limits, shared.timers, shared.post, self._admitted)
         self.health = Health(settings, shared.post)
         self.channels = Channels(
             settings, shared.timers, shared.post, lambda: Audience(shared.new_topic())
         )
         self.connections = Connections(shared.post, self.channels.channels_of)
         self.rooms: Rooms | None = None
+        self.runner = Runner(settings, shared.timers, shared.post)
+        host = Host(settings, self.runner, self.channels, self.connections, access.roles)
+        self.plugins = Plugins(plugins, host, self.runner)
+        self._kinds = self.plugins.kinds
         # Those that need no database. The others join when it is open.
-        self._features: Sequence[Feature] = (self.health, self.connections)
+        self._features: Sequence[Feature] = (self.health, self.connections, self.plugins)
 
     def open(self, scheduler: Scheduler) -> contextlib.ExitStack:
         """Open the database, from the thread that starts; what undoes that.
@@ -96,6 +110,9 @@ class App:
                 "pip install 'sqlrooms-server[sync]'."
             )
         with contextlib.ExitStack() as undo:
+            undo.callback(lambda: self.runner.close(time.monotonic() + _UNDO_SECONDS))
+            undo.callback(self.plugins.end, "stopped")
+            self.plugins.begin()
             self.database = Database(self._settings)
             undo.callback(
                 lambda: self.database.close(time.monotonic() + _UNDO_SECONDS, 0.0, is_quiet=False)
@@ -104,6 +121,7 @@ class App:
                 lambda: self.close_rooms(time.monotonic(), time.monotonic() + _UNDO_SECONDS)
             )
             self._join_features(scheduler)
+            self.plugins.open(self.database.engine, self.requests, self._settings)
             return undo.pop_all()
 
     def begin(self) -> None:
@@ -113,6 +131,7 @@ class App:
     def drain(self) -> None:
         """No query is taken any more."""
         self.health.drain()
+        self.plugins.end("stopping")
 
     def close_rooms(self, stopped_by: float, closed_by: float) -> None:
         """End the processes of documents, and close their file."""
@@ -128,6 +147,8 @@ class App:
     def close(self, deadline: float, cache_deadline: float, *, is_quiet: bool) -> bool:
         """When the loop has ended: close the database, see :meth:`Database.close`."""
         self.channels.stop()
+        self.plugins.end("stopped")
+        is_quiet = self.runner.close(deadline - _UNDO_SECONDS) and is_quiet
         if is_quiet:
             self.sessions.close_all()
         return self.database.close(deadline, cache_deadline, is_quiet=is_quiet)
@@ -161,6 +182,7 @@ class App:
         self._features = (
             self.health,
             self.connections,
+            self.plugins,
             self.requests,
             self.sessions,
             Acks(self.requests),
@@ -192,6 +214,7 @@ class App:
 
     def _begin(self) -> None:
         self._is_ready = True
+        self.plugins.admit()
         early, self._early = self._early, []
         for peer, connection, data, is_text in early:
             if connection.is_open:
@@ -204,10 +227,12 @@ class App:
 
     def opened(self, peer: Peer, connection: Connection) -> None:
         peer.attach(connection)
-        for feature in self._features:
-            feature.opened(peer)
         log.debug("%s connected from %s.", peer.id, connection.remote_address)
         self.gate.opened(peer)
+
+    def _admitted(self, peer: Peer) -> None:
+        for feature in self._features:
+            feature.opened(peer)
 
     def message(self, peer: Peer, connection: Connection, data: bytes, is_text: bool) -> None:
         if peer.identity is None:
@@ -218,7 +243,7 @@ class App:
             self._keep_early(peer, connection, data, is_text)
             return
         try:
-            message = decode(data, is_text=is_text, limits=self._limits)
+            message = decode(data, is_text=is_text, limits=self._limits, kinds=self._kinds)
         except ServerError as error:
             self.requests.reject(peer, error)
             return

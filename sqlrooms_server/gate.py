@@ -69,12 +69,15 @@ class Gate:
         limits: Limits,
         timers: Timers,
         post: Callable[..., None],
+        admitted: Callable[[Peer], None],
     ) -> None:
+        """``admitted`` is told of each client that may come, once."""
         self._settings = settings
         self._access = access
         self._limits = limits
         self._timers = timers
         self._post = post
+        self._admitted = admitted
         self._credentials = Credentials(access, settings.max_auth_failures)
         # Pages can send requests with wrong tokens, and browsers do not tell the origin of images.
         # That must not keep a visitor of such a page from connecting.
@@ -134,7 +137,7 @@ class Gate:
         refusal = self._refusal(request)
         if refusal is not None:
             return refusal
-        peer = Peer()
+        peer = Peer(request)
         if not self.needs_token:
             peer.identify(EVERYBODY)
             return peer
@@ -256,8 +259,10 @@ class Gate:
     def _admit(self, peer: Peer, identity: Identity) -> None:
         peer.identify(identity)
         self._no_stranger(peer)
-        self._known.add(peer)
         self._stop_timer(peer)
+        if peer not in self._known:
+            self._known.add(peer)
+            self._admitted(peer)
         if identity.expires_at is not None:
             # The clock may be set, or the machine sleep, which timers do not notice.
             seconds = min(identity.expires_at - time.time(), _LOOK_SECONDS)

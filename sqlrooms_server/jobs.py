@@ -139,7 +139,9 @@ class Job:
 class Scheduler:
     """A bounded queue, fair between lanes, before a fixed number of worker threads."""
 
-    def __init__(self, workers: int, max_queue: int, timers: Timers) -> None:
+    def __init__(
+        self, workers: int, max_queue: int, timers: Timers, *, name: str = "worker"
+    ) -> None:
         self._max_queue = max_queue
         self._timers = timers
         self._lock = threading.Lock()
@@ -161,7 +163,7 @@ class Scheduler:
         self._standby: threading.Lock | None = None
         self._cores = os.cpu_count() or 1
         self._threads = [
-            threading.Thread(target=self._run_worker, name=f"worker-{number}")
+            threading.Thread(target=self._run_worker, name=f"{name}-{number}")
             for number in range(workers)
         ]
         for thread in self._threads:

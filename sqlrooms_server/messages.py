@@ -241,6 +241,22 @@ class RoomPresence:
     data: str
 
 
+@dataclass(frozen=True, slots=True)
+class PluginMessage:
+    """A message of a type that a plugin has: text, or a header and ``body`` in a binary message.
+
+    ``fields`` are those that are not of the protocol; of ``options``, a reply can have a deadline
+    (``timeoutMs``), be cut into chunks (``stream``, ``window``) and compressed (``compression``).
+    """
+
+    kind: str
+    query_id: QueryId
+    fields: dict[str, Any]
+    options: Options = NO_OPTIONS
+    body: memoryview | None = None
+    size: int = 0
+
+
 Message = (
     Auth
     | Hello
@@ -263,4 +279,5 @@ Message = (
     | RoomSnapshot
     | RoomUpdate
     | RoomPresence
+    | PluginMessage
 )

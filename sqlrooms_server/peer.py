@@ -5,11 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from sqlrooms_server.access.roles import NOBODY, Identity, Role
 from sqlrooms_server.errors import ServerError
 from sqlrooms_server.protocol import encode_error
-from sqlrooms_server.transport import Connection, FrameSource, Source, Topic
+from sqlrooms_server.transport import Connection, FrameSource, HttpRequest, Source, Topic
 from sqlrooms_server.transport.received import received_bytes
 
 
@@ -23,14 +24,20 @@ class Peer:
         "id",
         "identity",
         "is_refused",
+        "request",
         "role",
+        "state",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, request: HttpRequest | None = None) -> None:
         self.id = secrets.token_hex(8)
         # None as long as nobody knows who it is; then it may do nothing.
         self.identity: Identity | None = None
         self.role: Role = NOBODY
+        # The upgrade.
+        self.request = request
+        # For plugins.
+        self.state: dict[Any, Any] = {}
         # It is told so and closed, whatever else it sends.
         self.is_refused = False
         # Seconds since 1970.
@@ -56,6 +63,10 @@ class Peer:
     def attach(self, connection: Connection) -> None:
         """For the server: the connection is open."""
         self._connection = connection
+
+    @property
+    def is_open(self) -> bool:
+        return self._connection is not None and self._connection.is_open
 
     @property
     def remote_address(self) -> str:

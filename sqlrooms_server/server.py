@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlrooms_server.access import Access
@@ -16,6 +17,8 @@ from sqlrooms_server.features.rooms import Rooms
 from sqlrooms_server.jobs import Scheduler
 from sqlrooms_server.memory import MemoryGuard
 from sqlrooms_server.peer import Peer
+from sqlrooms_server.plugin import Plugin
+from sqlrooms_server.plugins.loading import load
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.timers import Timers
 from sqlrooms_server.transport import (
@@ -57,7 +60,8 @@ class Server:
     one process.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, plugins: Sequence[Plugin] = ()) -> None:
+        """``plugins`` come after those that ``settings`` name. Raises ``StartupError``."""
         self.settings = settings
         self._has_started = False
         self._is_draining = False
@@ -85,7 +89,7 @@ class Server:
         )
         self._timers = Timers()
         shared = Shared(self._transport.post, self._transport.topic, self._timers)
-        self.main = App(settings, access, shared)
+        self.main = App(settings, access, shared, [*load(settings.plugin), *plugins])
         self._apps = [self.main]
 
     @property

@@ -233,6 +233,16 @@ class Settings:
         1 << 30, "Bytes of kept results, in memory and on disk together.", unit="size"
     )
     no_cache: bool = _setting(False, "Keep no results, whatever clients ask for.")
+    plugin: tuple[str, ...] = _setting(
+        (),
+        "Plugins: module:Name, the path of a .py file, or the name of one that is installed.",
+    )
+    plugin_timeout: int = _setting(
+        30, "Seconds that a function of a plugin may take to answer; 0 means any time."
+    )
+    plugin_workers: int = _setting(
+        0, "Threads for functions of plugins; 0 means four for each core, at least 8."
+    )
     memory_limit: str = _setting(
         "", "Memory that DuckDB may use, such as 4GB; without it, four fifths of the machine's."
     )
@@ -302,6 +312,8 @@ class Settings:
             ("cache_size", 0, 1 << 50),
             ("sandbox_temp_size", 0, 1 << 50),
             ("process_memory", 0, 1 << 50),
+            ("plugin_timeout", 0, 7 * 24 * 3600),
+            ("plugin_workers", 0, 1024),
             ("threads", 0, 1024),
             ("workers", 0, 1024),
             # uWebSockets ends the process for anything outside.

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from sqlrooms_server.plugin import Plugin
 from sqlrooms_server.server import Server
 from sqlrooms_server.settings import Settings
 from tests.nursery import Nursery
@@ -86,8 +87,8 @@ class ServerProcess:
 class LocalServer:
     """A server in this process."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.server = Server(settings)
+    def __init__(self, settings: Settings, plugins: Sequence[Plugin] = ()) -> None:
+        self.server = Server(settings, plugins)
         self.port = self.server.start()
         self.url = f"ws://127.0.0.1:{self.port}"
 
@@ -123,8 +124,8 @@ def launch() -> Iterator[Callable[..., LocalServer]]:
     """Starts servers in this process with the given settings; they stop with the test."""
     with ExitStack() as stack:
 
-        def start(**settings: Any) -> LocalServer:
-            local = LocalServer(Settings(port=0, **settings))
+        def start(*plugins: Plugin, **settings: Any) -> LocalServer:
+            local = LocalServer(Settings(port=0, **settings), plugins)
             stack.callback(local.server.stop)
             return local
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hmac
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qs
 
 from sqlrooms_server.access.key_files import digest_of
 from sqlrooms_server.access.origins import Origins
-from sqlrooms_server.access.roles import ADMIN, NOBODY, Identity, is_user_name
+from sqlrooms_server.access.roles import ADMIN, NOBODY, Identity, Role, is_user_name
 from sqlrooms_server.access.signed import SIGNED
 from sqlrooms_server.access.token_file import TokenEntry, TokenFile, read_token_file
 from sqlrooms_server.settings import Settings
@@ -39,6 +40,10 @@ class Access:
     @property
     def needs_token(self) -> bool:
         return self._token is not None or self._file is not None
+
+    def roles(self) -> Mapping[str, Role]:
+        """The roles of the file of tokens, and ``admin``."""
+        return {ADMIN.name: ADMIN} if self._file is None else self._file.roles
 
     def read_again(self) -> TokenFile | None:
         """The file of tokens as it is now, for :meth:`use`. Raises ``StartupError``."""

@@ -1,39 +1,29 @@
-"""What a feature is. The server joins features and branches on none of them."""
+"""What a feature of the server is: a plugin that lives on the thread of the loop.
+
+Everything of it is called there, with a :class:`peer.Peer` where others get a client, and must not
+block: ``handlers`` by the classes of :mod:`sqlrooms_server.messages`, ``answer`` of a route with
+the request, the exchange and who sent it. The server joins features and branches on none of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from sqlrooms_server.access import Identity
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.transport import Exchange, HttpRequest
+from sqlrooms_server.plugin import Plugin, Route
+
+__all__ = ["Feature", "MessageHandler", "Route"]
 
 MessageHandler = Callable[[Peer, Any], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """What answers an HTTP request.
-
-    A ``path`` that ends in ``/`` stands for everything below it. Unless it ``is_public``, the
-    request must come from an origin and a host that may connect, with a token if one is needed;
-    ``answer`` is told who sent it, None for a stranger.
-    """
-
-    method: str
-    path: str
-    answer: Callable[[HttpRequest, Exchange, Identity | None], None]
-    is_public: bool = False
-
-
-class Feature:
-    """Everything is called on the loop thread, and must not block it."""
+class Feature(Plugin):
+    on_loop: ClassVar[bool] = True
 
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
-        """What to do with each message class of :mod:`sqlrooms_server.messages`."""
+        """What to do with each message class."""
         return {}
 
     @property
@@ -42,7 +32,7 @@ class Feature:
         return ()
 
     def opened(self, peer: Peer) -> None:
-        """A client came. It may not be authorised yet."""
+        """A client came that may come."""
 
     def closed(self, peer: Peer) -> None:
         """A client left."""

@@ -76,6 +76,15 @@ class Connections(Feature):
 
         return self._ask(close)
 
+    def send(self, message: bytes, user: str | None, connection: str | None) -> None:
+        """Send a text message to those of ``user``, to ``connection``, or without both to all.
+
+        For the loop thread.
+        """
+        for peer in self._peers.values():
+            if (user is None or peer.user == user) and connection in (None, peer.id):
+                peer.send(message)
+
     def _infos(self, user: str | None) -> list[ConnectionInfo]:
         return [
             ConnectionInfo(

@@ -166,7 +166,10 @@ class Request:
 
     def limit(self, seconds: float, name: str) -> None:
         """End with ``timeout``, which calls the limit ``name``, if this takes ``seconds``."""
-        error = out_of_time(seconds, name)
+        self.limit_with(seconds, out_of_time(seconds, name))
+
+    def limit_with(self, seconds: float, error: Timeout) -> None:
+        """End with ``error`` if this takes ``seconds``."""
         # From the thread of the timers, so that a busy loop does not hold up what relieves it.
         self._deadline = self._requests.timers.after(seconds, lambda: self._time_out(error))
 
@@ -231,6 +234,10 @@ class Request:
         assert self.job is not None
         self.job.resume()
 
+    def resume_soon(self) -> None:
+        """The same from any thread, also before ``job`` is known."""
+        self._requests.post(self.resume)
+
     def _wake(self) -> None:
         self._requests.post(self.peer.pump)
 
@@ -267,11 +274,18 @@ class Requests(Feature):
     def handlers(self) -> Mapping[type, MessageHandler]:
         return {Cancel: self._cancel}
 
-    def submit(self, request: Request, work: Work, lane: Lane | None = None) -> bool:
+    def submit(
+        self,
+        request: Request,
+        work: Work,
+        lane: Lane | None = None,
+        scheduler: Scheduler | None = None,
+    ) -> bool:
         """Queue ``work`` for ``request``; False when it was answered with why not.
 
         ``lane`` is one of the connection unless given: chunked results have their own, where
-        those that their client lets wait hold up nothing else.
+        those that their client lets wait hold up nothing else. ``scheduler`` is that of queries
+        unless given.
         """
         if not self.register(request):
             return False
@@ -279,7 +293,8 @@ class Requests(Feature):
             client = self._clients[request.peer]
             lane = client.chunked if request.is_chunked else client.lane
         try:
-            request.job = self._scheduler.submit(lane, work, request.interrupt, request.done)
+            scheduler = scheduler or self._scheduler
+            request.job = scheduler.submit(lane, work, request.interrupt, request.done)
         except ServerError as error:
             request.fail(error)
             return False
@@ -349,6 +364,7 @@ class Requests(Feature):
         """Answer everything that is left with ``reason``, whether it ended or not."""
         for client in list(self._clients.values()):
             for request in list(client.requests.values()):
+                request.stop(reason)
                 request.fail(reason)
 
     def _cancel(self, peer: Peer, cancel: Cancel) -> None:

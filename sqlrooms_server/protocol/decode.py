@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,7 @@ from sqlrooms_server.protocol.fields import (
     whole_number,
 )
 from sqlrooms_server.protocol.names import parse_table_name
+from sqlrooms_server.protocol.plugins import decode_plugin_message
 from sqlrooms_server.protocol.queries import decode_live, decode_query
 from sqlrooms_server.protocol.rooms import (
     LORO_MAGIC,
@@ -80,8 +81,11 @@ class Limits:
     max_sql_length: int
 
 
-def decode(data: bytes, *, is_text: bool, limits: Limits) -> Message:
-    """The message in one WebSocket message. Raises ``BadRequest`` or ``TooLarge``."""
+def decode(data: bytes, *, is_text: bool, limits: Limits, kinds: Collection[str] = ()) -> Message:
+    """The message in one WebSocket message. Raises ``BadRequest`` or ``TooLarge``.
+
+    ``kinds`` are the types that plugins have.
+    """
     if len(data) > limits.max_message_size:
         raise TooLarge(
             f"The message has {len(data)} bytes; at most {limits.max_message_size} are allowed "
@@ -89,7 +93,7 @@ def decode(data: bytes, *, is_text: bool, limits: Limits) -> Message:
             _id_in_oversize(data, is_text=is_text),
         )
     if not is_text:
-        return _decode_binary(data)
+        return _decode_binary(data, kinds)
     if len(data) > _LARGE_TEXT_BYTES:
         snapshot = large_snapshot(data)
         if snapshot is not None:
@@ -101,17 +105,19 @@ def decode(data: bytes, *, is_text: bool, limits: Limits) -> Message:
             f"{limits.max_sql_length}). Send data with uploadArrow.",
             _id_in_oversize(data, is_text=True),
         )
-    return _decode_text(data, limits)
+    return _decode_text(data, limits, kinds)
 
 
-def _decode_text(data: bytes, limits: Limits) -> Message:
+def _decode_text(data: bytes, limits: Limits, kinds: Collection[str]) -> Message:
     fields = json_object(data, "The message")
     kind = fields.get("type")
     if not isinstance(kind, str):
         raise bad_request(fields, "The message needs a field type, a string.")
     decoder = TEXT_DECODERS.get(kind)
     if decoder is None:
-        known = ", ".join(sorted(TEXT_DECODERS))
+        if kind in kinds:
+            return decode_plugin_message(fields, len(data))
+        known = ", ".join(sorted([*TEXT_DECODERS, *kinds]))
         raise bad_request(fields, f"Unknown message type {shown(kind)}; known are {known}.")
     message = decoder(fields, limits)
     if isinstance(message, Notify):
@@ -122,7 +128,7 @@ def _decode_text(data: bytes, limits: Limits) -> Message:
     return message
 
 
-def _decode_binary(data: bytes) -> Message:
+def _decode_binary(data: bytes, kinds: Collection[str]) -> Message:
     if data[:4] == LORO_MAGIC:
         return RoomUpdate(None, None, data)
     if len(data) < 4:
@@ -136,9 +142,12 @@ def _decode_binary(data: bytes) -> Message:
             f"{min(MAX_HEADER_LENGTH, len(data) - 4)} bytes can follow."
         )
     fields = json_object(data[4 : 4 + length], "The header of the binary message")
-    if fields.get("type") == "crdt-update":
+    kind = fields.get("type")
+    if kind == "crdt-update":
         return decode_room_update(fields, memoryview(data)[4 + length :])
-    if fields.get("type") != "uploadArrow":
+    if isinstance(kind, str) and kind in kinds:
+        return decode_plugin_message(fields, len(data), memoryview(data)[4 + length :])
+    if kind != "uploadArrow":
         raise bad_request(
             fields, 'The header of a binary message needs type "uploadArrow" or "crdt-update".'
         )
@@ -231,6 +240,9 @@ def _ack(fields: dict[str, Any], limits: Limits) -> Ack:
 def _close_session(fields: dict[str, Any], limits: Limits) -> CloseSession:
     return CloseSession(session_name(fields))
 
+
+# Types of binary messages.
+BINARY_KINDS = ("uploadArrow", "crdt-update")
 
 TEXT_DECODERS: dict[str, Callable[[dict[str, Any], Limits], Message]] = {
     "auth": _auth,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ujson
@@ -12,6 +13,14 @@ from sqlrooms_server.errors import BadRequest, QueryId, ServerError
 def encode(fields: dict[str, Any]) -> bytes:
     """A text message."""
     return ujson.dumps(fields, escape_forward_slashes=False).encode()
+
+
+def encode_value(value: Any) -> bytes:
+    """JSON of a value of somebody else. Raises ``BadRequest`` when it has none."""
+    try:
+        return ujson.dumps(value, escape_forward_slashes=False).encode()
+    except (ValueError, OverflowError, TypeError) as error:
+        raise BadRequest(f"That is not a JSON value: {error}.") from error
 
 
 def encode_reply(kind: str, query_id: QueryId | None, **fields: Any) -> bytes:
@@ -64,7 +73,15 @@ def arrow_prefix(query_id: QueryId, **more: Any) -> bytes:
     The header is padded with spaces to a multiple of 8 bytes with its length, so that a client
     can read the columns in place.
     """
-    header = encode({"type": "arrow", "queryId": query_id, **more})
+    return _padded(encode({"type": "arrow", "queryId": query_id, **more}))
+
+
+def framed(fields: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
+    """A binary message, with its header padded like that of an Arrow reply."""
+    return b"".join((_padded(encode_value(fields)), body))
+
+
+def _padded(header: bytes) -> bytes:
     header += b" " * (-(4 + len(header)) % 8)
     return len(header).to_bytes(4, "big") + header
 

@@ -6,7 +6,7 @@ Python classes poll the loop, never report a drained socket, and can lose data.
 
 from sqlrooms_server.transport.certificates import Certificate
 from sqlrooms_server.transport.connection import Connection, FrameSource, Source
-from sqlrooms_server.transport.http import Exchange, HttpRequest
+from sqlrooms_server.transport.http import Exchange, HttpRequest, check_headers
 from sqlrooms_server.transport.loop import Handler, Refusal, Transport, TransportLimits
 from sqlrooms_server.transport.proxies import Proxies
 from sqlrooms_server.transport.topics import Topic
@@ -26,4 +26,5 @@ __all__ = [
     "Transport",
     "TransportLimits",
     "UnixSocket",
+    "check_headers",
 ]

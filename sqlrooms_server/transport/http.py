@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from sqlrooms_server.transport import native
 from sqlrooms_server.transport.proxies import UNIX, Client, Proxies, normalised
 
-_REASONS = {
-    200: b"200 OK",
-    400: b"400 Bad Request",
-    401: b"401 Unauthorized",
-    403: b"403 Forbidden",
-    404: b"404 Not Found",
-    405: b"405 Method Not Allowed",
-    413: b"413 Content Too Large",
-    415: b"415 Unsupported Media Type",
-    429: b"429 Too Many Requests",
-    500: b"500 Internal Server Error",
-    503: b"503 Service Unavailable",
-}
+# RFC 9110, sections 5.1 and 5.5.
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 # What the server looks at; uWebSockets reads headers by name.
 _HEADERS = (b"host", b"origin", b"authorization", b"cookie", b"content-type", b"content-length")
@@ -132,15 +124,24 @@ class Exchange:
         return self._res is not None
 
     def respond(
-        self, status: int, body: bytes, content_type: str = "text/plain; charset=utf-8"
+        self,
+        status: int,
+        body: bytes,
+        content_type: str = "text/plain; charset=utf-8",
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Answer; does nothing when that was done or the client is gone."""
+        """Answer; does nothing when that was done or the client is gone.
+
+        ``headers`` are further ones. Raises ``ValueError`` for one that holds the end of a line.
+        """
+        given = {"Content-Type": content_type, "Cache-Control": "no-store", **(headers or {})}
+        check_headers(given)
         res, self._res = self._res, None
         if res is None:
             return
-        tls, reason, kind = self._tls, _REASONS[status], content_type.encode()
+        tls, reason = self._tls, f"{status} {HTTPStatus(status).phrase}".encode()
         native.lib.uws_res_write_status(tls, res, reason, len(reason))
-        for name, value in ((b"Content-Type", kind), (b"Cache-Control", b"no-store")):
+        for name, value in ((n.encode("latin-1"), v.encode("latin-1")) for n, v in given.items()):
             native.lib.uws_res_write_header(tls, res, name, len(name), value, len(value))
         # A refused request may have a body under way, which nothing reads: close then.
         native.lib.uws_res_end(tls, res, body, len(body), status != 200)
@@ -152,3 +153,10 @@ class Exchange:
     def aborted(self) -> None:
         """For the transport: the client went away."""
         self._res = None
+
+
+def check_headers(headers: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` for what cannot be a header, or would be more than one."""
+    for name, value in headers.items():
+        if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
+            raise ValueError(f"This cannot be a header: {name!r}: {value!r}.")

@@ -1,0 +1,178 @@
+"""What a plugin is: the one interface of everything that clients can ask for.
+
+The features of the server are plugins that live on its loop, see :mod:`sqlrooms_server.features`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from sqlrooms_server.plugin.client import Client
+from sqlrooms_server.plugin.hooks import HOOKS, Hooks
+from sqlrooms_server.plugin.values import Action, Credentials, Outcome, Query, Response
+
+__all__ = [
+    "HOOKS",
+    "Action",
+    "Client",
+    "Credentials",
+    "Outcome",
+    "Plugin",
+    "Query",
+    "Response",
+    "Route",
+    "on",
+    "route",
+]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+# Where decorators of methods leave what they were told.
+_MARK = "_sqlrooms_marks"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What answers an HTTP request.
+
+    A ``path`` that ends in ``/`` stands for everything below it. Unless it ``is_public``, the
+    request must come from an origin and a host that may connect, with a token if one is needed.
+
+    ``answer`` of a plugin on the loop is called with the request, the exchange, and who sent it,
+    None for a stranger. That of others is called with an :class:`plugins.http.HttpCall`, and
+    returns a :class:`Response`, or its body.
+    """
+
+    method: str
+    path: str
+    answer: Callable[..., Any]
+    is_public: bool = False
+
+
+class Plugin(Hooks):
+    """Something that clients can ask for, or that takes part in what others do.
+
+    Use one and its decorators, or derive from it and override what is needed. Functions are called
+    on a thread for plugins, those that are ``async def`` on the loop of asyncio; neither may be
+    relied on to be the only one that runs. :attr:`server` is what they can ask of the server, see
+    :class:`plugins.host.Host`, and ``options`` what the configuration says of the plugin.
+    """
+
+    # Whether everything is called on the thread of the sockets instead, and never blocks it.
+    on_loop: ClassVar[bool] = False
+    # Whether what ``prepare_cursor`` and ``around_query`` do is the same for everybody who may run
+    # the same SQL. Otherwise results are neither cached nor shared while this plugin has one.
+    shares_results: bool = False
+
+    name: str = ""
+    server: Any = None
+    options: Mapping[str, Any] = {}
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name or self.name or type(self).__name__
+
+    # What clients can ask for.
+
+    @property
+    def handlers(self) -> Mapping[Any, Callable[..., Any]]:
+        """What to do with messages, by their type; on the loop, by their class."""
+        return {**_marked(self, "on"), **self._registered("on")}
+
+    @property
+    def routes(self) -> Sequence[Route]:
+        """The HTTP requests that it answers."""
+        found = {**_marked(self, "route"), **self._registered("route")}
+        return [
+            Route(method, path, answer, is_public)
+            for (method, path, is_public), answer in found.items()
+        ]
+
+    def on(self, kind: str) -> Callable[[_F], _F]:
+        """Decorate what answers messages of the type ``kind``; see :class:`plugins.calls.Call`."""
+        return self._registering("on", kind)
+
+    def route(self, method: str, path: str, *, is_public: bool = False) -> Callable[[_F], _F]:
+        """Decorate what answers HTTP requests; see :class:`Route`."""
+        return self._registering("route", (method.upper(), path, is_public))
+
+    def hook(self, function: _F) -> _F:
+        """Decorate a function that has the name of a hook, see :mod:`plugin.hooks`, or of a phase
+        or event of this class."""
+        name = function.__name__
+        if name not in (*HOOKS, *_EVENTS):
+            known = ", ".join((*HOOKS, *_EVENTS))
+            raise ValueError(f"Plugin {self.name!r}: there is no hook {name!r}; known are {known}.")
+        setattr(self, name, function)
+        return function
+
+    # The phases of its life, in this order.
+
+    def starting(self) -> Any:
+        """The server is being started; the database is not open yet."""
+
+    def started(self) -> Any:
+        """The database is open, and no message has been handled yet."""
+
+    def stopping(self) -> Any:
+        """Nobody can connect any more; what is under way ends now. The database is still open."""
+
+    def stopped(self) -> Any:
+        """Nobody is connected any more. The database is closed next."""
+
+    # Clients. On the loop they are peers.
+
+    def opened(self, client: Any) -> Any:
+        """Somebody came, and may come. Before any message of that one."""
+
+    def closed(self, client: Any) -> Any:
+        """Somebody who had come left. After everything else about that one."""
+
+    def _registered(self, what: str) -> dict[Any, Callable[..., Any]]:
+        # Not in __init__, which not every plugin calls.
+        registered: dict[Any, Callable[..., Any]] = vars(self).setdefault(f"_{what}", {})
+        return registered
+
+    def _registering(self, what: str, key: Any) -> Callable[[_F], _F]:
+        def register(function: _F) -> _F:
+            registered = self._registered(what)
+            if key in registered:
+                raise ValueError(f"Plugin {self.name!r} has two functions for {key!r}.")
+            registered[key] = function
+            return function
+
+        return register
+
+
+_EVENTS = ("starting", "started", "stopping", "stopped", "opened", "closed")
+
+
+def on(kind: str) -> Callable[[_F], _F]:
+    """Decorate a method of a plugin as :meth:`Plugin.on` does a function."""
+    return _marking("on", kind)
+
+
+def route(method: str, path: str, *, is_public: bool = False) -> Callable[[_F], _F]:
+    """Decorate a method of a plugin as :meth:`Plugin.route` does a function."""
+    return _marking("route", (method.upper(), path, is_public))
+
+
+def _marking(what: str, key: Any) -> Callable[[_F], _F]:
+    def mark(function: _F) -> _F:
+        marks = [*getattr(function, _MARK, ()), (what, key)]
+        setattr(function, _MARK, marks)
+        return function
+
+    return mark
+
+
+def _marked(plugin: Plugin, what: str) -> dict[Any, Callable[..., Any]]:
+    """The methods of ``plugin`` that were decorated."""
+    found: dict[Any, Callable[..., Any]] = {}
+    for name in dir(type(plugin)):
+        for kind, key in getattr(getattr(type(plugin), name, None), _MARK, ()):
+            if kind == what:
+                if key in found:
+                    raise ValueError(f"Plugin {plugin.name!r} has two functions for {key!r}.")
+                found[key] = getattr(plugin, name)
+    return found

@@ -1,0 +1,1 @@
+"""Plugins of others: found, and called where they hold up nobody."""

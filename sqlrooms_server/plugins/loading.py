@@ -1,0 +1,123 @@
+"""Finding plugins: in modules, in files, and among what is installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sqlrooms_server.errors import StartupError
+from sqlrooms_server.plugin import Plugin
+
+ENTRY_POINTS = "sqlrooms_server.plugins"
+
+
+def load(places: Sequence[str]) -> list[Plugin]:
+    """The plugins at ``places``, in that order. Raises ``StartupError``.
+
+    A place is ``module:Name``, the path of a file, ``path.py`` or ``path.py:Name``, or the name of
+    an entry point. ``Name`` is a plugin, or a class of one; of a file without it, the only one that
+    is defined there.
+    """
+    plugins = [_load(place) for place in places]
+    names: dict[str, str] = {}
+    for plugin, place in zip(plugins, places, strict=True):
+        if plugin.name in names:
+            raise StartupError(
+                f"The plugins {names[plugin.name]} and {place} are both called {plugin.name!r}; "
+                "give one of them another name."
+            )
+        names[plugin.name] = place
+    return plugins
+
+
+def _load(place: str) -> Plugin:
+    path, _, name = place.partition(".py:") if ".py:" in place else (place, "", "")
+    try:
+        if place.endswith(".py") or name:
+            file = Path(path if path.endswith(".py") else f"{path}.py")
+            return _plugin(_found(_module_of(file, place), name, place), place)
+        if ":" in place:
+            module, _, name = place.partition(":")
+            return _plugin(_found(importlib.import_module(module), name, place), place)
+        return _plugin(_installed(place), place)
+    except StartupError:
+        raise
+    except Exception as error:  # guard: whatever the code of a plugin does when it is imported
+        raise StartupError(f"Cannot load the plugin {place}: {_told(error)}.") from error
+
+
+def _module_of(path: Path, place: str) -> ModuleType:
+    if not path.is_file():
+        raise StartupError(f"Cannot load the plugin {place}: there is no file {path}.")
+    # Not under its own name, which may be that of another module.
+    name = f"sqlrooms_plugin_{path.stem}_{abs(hash(path.resolve())):x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickle look their modules up.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _found(module: ModuleType, name: str, place: str) -> Any:
+    if name:
+        if not hasattr(module, name):
+            raise StartupError(f"Cannot load the plugin {place}: it has no {name!r}.")
+        return getattr(module, name)
+    made = [value for value in vars(module).values() if isinstance(value, Plugin)]
+    classes = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Plugin)
+        and value.__module__ == module.__name__
+    ]
+    found: list[Any] = list({id(value): value for value in made or classes}.values())
+    if len(found) != 1:
+        raise StartupError(
+            f"Cannot load the plugin {place}: it has {len(found) or 'no'} plugins; name one, as in "
+            f"{place}:plugin."
+        )
+    return found[0]
+
+
+def _installed(name: str) -> Any:
+    known = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
+    if name not in known:
+        installed = ", ".join(sorted(known)) or "none"
+        raise StartupError(
+            f"No plugin {name!r} is installed (installed are: {installed}). A plugin may also be "
+            "module:Name, or the path of a .py file."
+        )
+    return known[name].load()
+
+
+def _plugin(found: Any, place: str) -> Plugin:
+    plugin = found() if isinstance(found, type) else found
+    if not isinstance(plugin, Plugin):
+        raise StartupError(
+            f"Cannot load the plugin {place}: it is of type {type(plugin).__name__}, not a "
+            "sqlrooms_server.Plugin."
+        )
+    if not plugin.name:
+        plugin.name = type(plugin).__name__
+    return plugin
+
+
+def _told(error: Exception) -> str:
+    """What happened and where, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
