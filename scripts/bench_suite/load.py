@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .answers import Query, Upload, WrongAnswer
 from .replies import (
@@ -23,6 +23,10 @@ from .replies import (
     arrow_reply,
 )
 from .websocket import SILENCE, Connection, Disconnected
+
+if TYPE_CHECKING:
+    from .peers import Conversation
+    from .servers import Server
 
 Sample = dict[str, float]
 """What one repetition of a workload found, by the key of the metric."""
@@ -61,7 +65,7 @@ class Stream:
         return self.size / 1e6 / self.seconds
 
 
-def execute(connection: Connection, sql: str) -> None:
+def execute(connection: Conversation, sql: str) -> None:
     """Execute a statement without a result."""
     connection.send(_question("exec", sql, "setup"))
     binary, message = _reply(connection, Whole())
@@ -69,7 +73,7 @@ def execute(connection: Connection, sql: str) -> None:
         raise WrongAnswer(f"a statement was answered with {bytes(message[:300])!r}")
 
 
-def decode(connection: Connection, query: Query) -> None:
+def decode(connection: Conversation, query: Query) -> None:
     """Ask once, and decode and check the whole answer."""
     connection.send(_question("arrow", query.sql, "decode"))
     answered, body = arrow_reply(_reply(connection, Whole()))
@@ -77,9 +81,11 @@ def decode(connection: Connection, query: Query) -> None:
     query.decode(body)
 
 
-def one_at_a_time(connection: Connection, query: Query, seconds: float) -> Rate:
+def one_at_a_time(
+    connection: Conversation, query: Query, seconds: float, answers: Answers | None = None
+) -> Rate:
     """Ask again as soon as the answer is there, for `seconds`."""
-    whole, answers = Whole(), Answers(query)
+    whole, answers = Whole(), answers or Answers(query)
     latencies: list[float] = []
     start = perf_counter()
     until = start + seconds
@@ -97,19 +103,23 @@ def one_at_a_time(connection: Connection, query: Query, seconds: float) -> Rate:
 
 
 def many_at_once(
-    port: int, query: Query, seconds: float, connections: int, in_flight: int, **options: Any
+    server: Server, query: Query, seconds: float, connections: int, in_flight: int, **options: Any
 ) -> Rate:
-    """Keep `in_flight` questions open on each of `connections` connections, for `seconds`."""
-    answers = Answers(query)
+    """Keep `in_flight` questions open on each of `connections` connections, for `seconds`.
+
+    A server that takes one question at a time gets as many connections as there are questions.
+    """
+    if not server.peer.multiplexes:
+        connections, in_flight = connections * in_flight, 1
+    answers = server.answers(query)
     latencies: list[float] = []
     numbers = count()
     with ExitStack() as stack, selectors.DefaultSelector() as selector:
         question = _question("arrow", query.sql, "%s", **options)
         clients = [
-            _Client(stack.enter_context(Connection(port)), question) for _ in range(connections)
+            _Client(stack.enter_context(server.connect()), question, selector)
+            for _ in range(connections)
         ]
-        for client in clients:
-            selector.register(client.connection, selectors.EVENT_READ, client)
         start = perf_counter()
         until = start + seconds
         for client in clients:
@@ -133,7 +143,7 @@ def many_at_once(
     return Rate(seconds, latencies)
 
 
-def stream(connection: Connection, query: Query) -> Stream:
+def stream(connection: Conversation, query: Query) -> Stream:
     """Ask once and let the answer pass, counting its rows."""
     passing = Passing()
     question = _question("arrow", query.sql, "stream")
@@ -260,8 +270,12 @@ class _Client:
     `question` has `%s` where the query id goes: what a client costs is missing to the server.
     """
 
-    def __init__(self, connection: Connection, question: bytes) -> None:
+    def __init__(
+        self, connection: Conversation, question: bytes, selector: selectors.BaseSelector
+    ) -> None:
         self.connection = connection
+        self._selector = selector
+        self._generation = self._file = 0
         self._before, self._after = question.split(b"%s")
         self.whole = Whole()
         self.asked: dict[str, float] = {}
@@ -270,6 +284,15 @@ class _Client:
         question = self._before + query_id.encode() + self._after
         self.asked[query_id] = perf_counter()
         self.connection.send(question)
+        if self._generation != self.connection.generation:
+            self._watch()
+
+    def _watch(self) -> None:
+        """Watch the new socket of the connection, which may have the number of the old one."""
+        if self._generation:
+            self._selector.unregister(self._file)
+        self._generation, self._file = self.connection.generation, self.connection.fileno()
+        self._selector.register(self._file, selectors.EVENT_READ, self)
 
 
 def _question(kind: str, sql: str, query_id: str, **options: Any) -> bytes:
@@ -280,7 +303,7 @@ def as_message(kind: str, **fields: Any) -> bytes:
     return json.dumps({"type": kind, **fields}).encode()
 
 
-def _reply(connection: Connection, whole: Whole) -> Message:
+def _reply(connection: Conversation, whole: Whole) -> Message:
     while not whole.messages:
         connection.receive(whole)
     messages = whole.take()

@@ -7,8 +7,15 @@ from dataclasses import dataclass
 DUCKDBS = ("1.5", "2")
 """The engine series the benchmark has environments for."""
 
-SUBJECTS = ("published", "ours", "in-process")
-"""Two servers, and the engine alone: what no server can beat."""
+PEERS = {
+    "mosaic": "Mosaic's duckdb-server",
+    "quack": "DuckDB's Quack",
+    "roapi": "roapi, which is DataFusion",
+}
+"""What else one might use. By the names of their columns."""
+
+SUBJECTS = ("published", "ours", *PEERS, "in-process")
+"""The servers, and the engine alone: what no server can beat."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +23,8 @@ class Metric:
     """One row of the table.
 
     `required` and `aim` limit ours / published, or ours itself if `absolute`; `bound` limits
-    ours / in-process. Each is a least value if `more_is_better`, else a greatest one.
+    ours / in-process, and `beside` ours / the best of the peers. Each is a least value if
+    `more_is_better`, else a greatest one.
     """
 
     key: str
@@ -27,58 +35,132 @@ class Metric:
     aim: float | None = None
     absolute: bool = False
     bound: float | None = None
+    beside: float | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How a figure grows: the keys of its points are `key` and one of `at`, as in `q64`."""
+
+    key: str
+    title: str
+    unit: str
+    across: str
+    at: tuple[int, ...]
+
+
+CLIENTS = (1, 4, 16, 64, 256, 512)
+ROWS = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 60_000_000)
+QUICK_ROWS = ROWS[:-1]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A name for `--only`, the metrics found, and who besides ours can do it too."""
+    """A name for `--only`, the metrics found, and who besides ours can do it too.
+
+    `tables` are read. Samples may have more figures than metrics: the points of `curves`, whose
+    keys are a name and a number. One that is not `usual` runs with `--only` alone.
+    """
 
     name: str
     metrics: tuple[Metric, ...]
     in_process: bool
     published: bool = True
+    peers: bool = False
+    tables: tuple[str, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    usual: bool = True
 
     @property
     def subjects(self) -> list[str]:
         able = {"published": self.published, "ours": True, "in-process": self.in_process}
-        return [subject for subject in SUBJECTS if able[subject]]
+        return [subject for subject in SUBJECTS if able.get(subject, self.peers)]
 
 
 WORKLOADS = (
     Workload(
         "one",
         (
-            Metric("qps", "select 1, 1 at a time", "q/s", True, required=2.5, aim=3),
-            Metric("p50", "  median latency", "ms", False, bound=2.5),
+            Metric("qps", "select 1, 1 at a time", "q/s", True, required=2.5, aim=4, beside=1.5),
+            Metric("p50", "  median latency", "ms", False, bound=1.5),
             Metric("p99", "  p99 latency", "ms", False),
         ),
         in_process=True,
+        peers=True,
     ),
     Workload(
         "many",
         (
-            Metric("qps", "select 1, 8 x 4 in flight", "q/s", True, required=3, aim=4),
+            Metric("qps", "select 1, 8 x 4 in flight", "q/s", True, required=3, aim=4, beside=1.5),
             Metric("p99", "  p99 latency", "ms", False),
         ),
         in_process=False,
+        peers=True,
+    ),
+    Workload(
+        "clients",
+        (
+            Metric("q64", "select 1, 64 clients", "q/s", True, aim=4, beside=1.5),
+            Metric("p64", "  p99 latency", "ms", False),
+            Metric("q512", "  512 clients", "q/s", True, aim=4, beside=1.5),
+            Metric("p512", "  p99 latency", "ms", False),
+            Metric("p99", "  to that of 64", "x", False, aim=10, absolute=True),
+        ),
+        in_process=False,
+        peers=True,
+        curves=(
+            Curve("q", "select 1", "answers a second", "clients", CLIENTS),
+            Curve("p", "select 1, p99 latency", "ms", "clients", CLIENTS),
+        ),
     ),
     Workload(
         "mixed",
         (
-            Metric("mbps", "1 M mixed rows", "MB/s", True, required=2, aim=3, bound=0.7),
+            Metric("mbps", "1 M mixed rows", "MB/s", True, required=2, aim=3, bound=0.85, beside=1),
             Metric("seconds", "  whole answer", "s", False),
         ),
         in_process=True,
+        peers=True,
+        tables=("mixed",),
+    ),
+    Workload(
+        "tpch",
+        tuple(
+            Metric(key, label, "q/s", True, beside=1)
+            for key, label in (
+                ("q1", "TPC-H Q1, 16 clients"),
+                ("q6", "  Q6"),
+                ("q3", "  Q3"),
+            )
+        ),
+        in_process=True,
+        peers=True,
+        tables=("customer", "lineitem", "orders"),
     ),
     Workload(
         "large",
         (
             Metric("first", "30 M rows, first byte", "ms", False, required=1 / 20, aim=1 / 50),
             Metric("rows", "  first rows", "ms", False),
-            Metric("mbps", "  throughput", "MB/s", True, bound=0.7),
+            Metric("mbps", "  throughput", "MB/s", True, bound=0.85, beside=1),
             Metric("growth", "  memory growth", "MB", False, required=1 / 20, aim=1 / 40),
         ),
         in_process=True,
+        peers=True,
+    ),
+    Workload(
+        "rows",
+        (
+            Metric("r1000000", "1 M rows of two", "MB/s", True, bound=0.85, beside=1),
+            Metric("r10000000", "  10 M", "MB/s", True, bound=0.85, beside=1),
+            Metric("r60000000", "  60 M", "MB/s", True, bound=0.85, beside=1),
+        ),
+        in_process=True,
+        peers=True,
+        curves=(
+            Curve("r", "two columns of integers", "MB/s", "rows", ROWS),
+            Curve("s", "two columns of integers, whole answer", "ms", "rows", ROWS),
+        ),
     ),
     Workload(
         "chunked",
@@ -184,6 +266,39 @@ WORKLOADS = (
             Metric("cpu", "idle, CPU", "%", False, required=0.2, aim=0.05, absolute=True),
         ),
         in_process=False,
+        peers=True,
+    ),
+    Workload(
+        "start",
+        (
+            Metric("first", "start to first answer", "s", False, aim=0.5, absolute=True),
+            Metric("module", "  its import", "s", False),
+            Metric("memory", "  memory then", "MB", False),
+        ),
+        in_process=True,
+        peers=True,
+    ),
+    Workload(
+        "memory",
+        (
+            Metric("connection", "memory, one of 500 clients", "kB", False),
+            Metric("stream", "  one of 8 results of 160 MB", "MB", False),
+        ),
+        in_process=False,
+        peers=True,
+    ),
+    Workload(
+        "soak",
+        (
+            Metric("rate", "ten minutes of everything", "/s", True),
+            Metric("p99", "  p99 of select 1", "ms", False),
+            Metric("late", "  to that of the first minute", "x", False),
+            Metric("memory", "  memory after the first minute", "MB", False),
+            Metric("growth", "  growth in the last half", "MB", False),
+        ),
+        in_process=False,
+        published=False,
+        usual=False,
     ),
 )
 
@@ -198,16 +313,21 @@ class Effort:
     mixed_answers: int
     # Of each member of a room.
     edits: int
+    rows: tuple[int, ...] = ROWS
     settle: float = 1.0
     idle: float = 5.0
+    soak: float = 600.0
 
 
 FULL = Effort(
     {
         "one": 7,
         "many": 7,
+        "clients": 3,
         "mixed": 7,
+        "tpch": 3,
         "large": 5,
+        "rows": 3,
         "chunked": 5,
         "streams": 3,
         "upload": 5,
@@ -220,6 +340,9 @@ FULL = Effort(
         "subscribed": 3,
         "rooms": 5,
         "idle": 3,
+        "start": 5,
+        "memory": 3,
+        "soak": 1,
     },
     warm_up=0.5,
     window=2.0,
@@ -230,8 +353,11 @@ QUICK = Effort(
     {
         "one": 2,
         "many": 2,
+        "clients": 1,
         "mixed": 2,
+        "tpch": 1,
         "large": 1,
+        "rows": 1,
         "chunked": 1,
         "streams": 1,
         "upload": 1,
@@ -244,11 +370,16 @@ QUICK = Effort(
         "subscribed": 1,
         "rooms": 1,
         "idle": 1,
+        "start": 1,
+        "memory": 1,
+        "soak": 1,
     },
     warm_up=0.2,
     window=1.0,
     mixed_answers=3,
     edits=200,
+    rows=QUICK_ROWS,
     settle=0.5,
     idle=2.0,
+    soak=20.0,
 )

@@ -11,10 +11,16 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+
+from . import load
+from .answers import Query
+from .peers import SQLROOMS, Conversation, Peer
+from .replies import Answers, SameAnswers
 
 START_SECONDS = 30.0
 STOP_SECONDS = 5.0
@@ -66,10 +72,27 @@ class Server:
     port: int
     usage: Usage
     environment: Path
+    peer: Peer = SQLROOMS
 
     @property
     def is_ours(self) -> bool:
         return self.environment.name.startswith("ours")
+
+    def connect(self) -> Conversation:
+        return self.peer.connect(self.port)
+
+    def version_of(self, query: Query) -> Query:
+        """A query as this server understands it."""
+        if self.peer.speaks_duckdb or not query.elsewhere:
+            return query
+        return replace(query, sql=query.elsewhere)
+
+    def answers(self, query: Query) -> Answers:
+        """What checks the small answers of this server."""
+        if self.peer.checks is None:
+            return Answers(query)
+        self.peer.checks(self.environment, self.port, query)
+        return SameAnswers(query)
 
 
 @contextmanager
@@ -92,19 +115,36 @@ def apart(usage: Usage) -> Iterator[None]:
 
 
 @contextmanager
-def running(environment: Path, *options: str) -> Iterator[Server]:
-    """Run the `sqlrooms-server` of a virtual environment in a directory of its own.
+def running(
+    environment: Path, *options: str, peer: Peer = SQLROOMS, tables: Sequence[Path] = ()
+) -> Iterator[Server]:
+    """Run the server of a virtual environment in a directory of its own.
 
-    In memory unless `options`, those of its command line, say otherwise.
+    In memory unless `options`, those of its command line, say otherwise. It has the tables of
+    these Parquet files, by their names.
 
     Whatever ends the block ends the server. `ServerFailed` carries the end of its log.
     """
+    with starting(environment, *options, peer=peer, tables=tables) as (server, wait):
+        wait()
+        if peer.executes:
+            with server.connect() as connection:
+                for table in tables:
+                    load.execute(connection, f"create table {table.stem} as from '{table}'")
+        yield server
+
+
+@contextmanager
+def starting(
+    environment: Path, *options: str, peer: Peer = SQLROOMS, tables: Sequence[Path] = ()
+) -> Iterator[tuple[Server, Callable[[], None]]]:
+    """As `running`, as soon as the process began; with what waits until it can be asked."""
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         log = Path(directory, "log")
         port = _free_port()
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [environment / "bin" / "sqlrooms-server", "--port", str(port), *options],
+                peer.command(environment, port, tables, options),
                 cwd=directory,
                 env=_surroundings(directory),
                 stdin=subprocess.DEVNULL,
@@ -114,8 +154,8 @@ def running(environment: Path, *options: str) -> Iterator[Server]:
                 start_new_session=True,
             )
         try:
-            _wait_until_healthy(process, port)
-            yield Server(port, Usage(process.pid), environment)
+            server = Server(port, Usage(process.pid), environment, peer)
+            yield server, partial(_wait_until_healthy, process, port, peer)
         except (OSError, ServerFailed) as error:
             raise ServerFailed(f"{error}{_state(process)}{_tail(log)}") from error
         finally:
@@ -133,22 +173,23 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], port: int) -> None:
+def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, peer: Peer) -> None:
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
         if process.poll() is not None:
             raise ServerFailed("did not start")
-        if _is_healthy(port):
+        if _is_healthy(port, peer):
             return
-        time.sleep(0.02)
+        time.sleep(0.002)
     raise ServerFailed(f"not healthy after {START_SECONDS:.0f} s")
 
 
-def _is_healthy(port: int) -> bool:
+def _is_healthy(port: int, peer: Peer) -> bool:
+    path, answer = peer.healthy
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
     try:
-        connection.request("GET", "/healthz")
-        return connection.getresponse().read().strip() == b"ok"
+        connection.request("GET", path)
+        return answer in connection.getresponse().read()
     except (OSError, http.client.HTTPException):
         return False
     finally:

@@ -40,6 +40,9 @@ class Receiver(Protocol):
 class Connection:
     """One connection to 127.0.0.1:`port`, a `with` block. Calls block, for `SILENCE` at most."""
 
+    generation = 1
+    """Which of its sockets this is; there is just the one."""
+
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=SILENCE)
         try:
