@@ -73,7 +73,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
 
-from .plan import DUCKDBS, WORKLOADS
+from .plan import DUCKDBS, PEERS, WORKLOADS
 
 
 def main() -> int:
@@ -87,6 +87,13 @@ def main() -> int:
     )
     parser.add_argument(
         "--only", choices=[workload.name for workload in WORKLOADS], help="one workload"
+    )
+    parser.add_argument(
+        "--peers",
+        type=_peers,
+        default=tuple(PEERS),
+        metavar="NAMES",
+        help=f"who else to measure, or none (default: {','.join(PEERS)})",
     )
     parser.add_argument("--quick", action="store_true", help="under 3 minutes, less certain")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE")
@@ -102,6 +109,14 @@ def main() -> int:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _leave)
     return _run(arguments)
+
+
+def _peers(names: str) -> tuple[str, ...]:
+    chosen = tuple(name for name in names.split(",") if name != "none")
+    for name in chosen:
+        if name not in PEERS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(PEERS)}, none")
+    return chosen
 
 
 def _leave(number: int, _: FrameType | None) -> None:
@@ -120,11 +135,13 @@ def _run(arguments: argparse.Namespace) -> int:
     for duckdb in DUCKDBS if arguments.duckdb == "both" else (arguments.duckdb,):
         session = Session(
             duckdb,
-            ours=environments / f"ours-{duckdb}",
-            published=environments / f"published-{duckdb}",
+            home=environments,
+            peers=arguments.peers,
             quick=arguments.quick,
         )
-        workloads = [w for w in WORKLOADS if arguments.only in (None, w.name)]
+        workloads = [
+            w for w in WORKLOADS if arguments.only == w.name or (not arguments.only and w.usual)
+        ]
         sheets.append(session.measure(workloads, say=lambda line: print(line, file=sys.stderr)))
         print(f"\n{report.table(sheets[-1])}\n", flush=True)
     if arguments.json:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import time
 from typing import Protocol
 
 from .websocket import READ_SIZE, SILENCE, Disconnected, Receiver
@@ -29,9 +30,11 @@ class Mosaic:
     """Mosaic's `duckdb-server`: JSON in, an Arrow stream out."""
 
     def request(self, kind: str, sql: str) -> tuple[str, dict[str, str], bytes]:
-        return "/", {"Content-Type": "application/json"}, json.dumps(
-            {"type": kind, "sql": sql}
-        ).encode()
+        return (
+            "/",
+            {"Content-Type": "application/json"},
+            json.dumps({"type": kind, "sql": sql}).encode(),
+        )
 
     def answer(self, body: memoryview) -> memoryview:
         return body
@@ -119,6 +122,10 @@ class HttpConnection:
             receiver.piece(data)
         if not self._left:
             self._end(receiver)
+
+    def idle(self, seconds: float, receiver: Receiver) -> None:
+        """Say nothing for `seconds`."""
+        time.sleep(seconds)
 
     def _end(self, receiver: Receiver) -> None:
         self._left = -1

@@ -1,21 +1,27 @@
 """The engine alone, in a process of its own: the bound that no server around it can beat.
 
-`python -m bench_suite.inprocess WORKLOAD full|quick` prints the figures as one JSON object.
+`python -m bench_suite.inprocess WORKLOAD full|quick [TABLE.parquet ...]` prints the figures as one
+JSON object.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import duckdb
 import pyarrow as pa
 
+from . import tpch
 from .answers import LARGE, MIXED, ONE, Query, Upload, WrongAnswer, gigabyte
+from .growth import HEAVY_CLIENTS, by_rows
 from .hub import bare_fan_out
 from .load import Rate, Sample, Stream
 from .plan import FULL, QUICK, Effort
@@ -47,9 +53,12 @@ def _joined(database: duckdb.DuckDBPyConnection, query: Query) -> bytes:
     return b"".join(_chunks(database, query))
 
 
-def _repeat(database: duckdb.DuckDBPyConnection, query: Query, seconds: float) -> Rate:
-    right = _joined(database, query)
-    query.decode(right)
+def _repeat(
+    database: duckdb.DuckDBPyConnection, query: Query, seconds: float, *, checked: bool = True
+) -> Rate:
+    right = _joined(database, query) if checked else b""
+    if checked:
+        query.decode(right)
     latencies = []
     start = perf_counter()
     until = start + seconds
@@ -58,6 +67,7 @@ def _repeat(database: duckdb.DuckDBPyConnection, query: Query, seconds: float) -
         latencies.append(perf_counter() - asked)
         if answer != right:
             query.decode(answer)
+            right = answer
     return Rate(asked - start, latencies)
 
 
@@ -84,7 +94,6 @@ def _one(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
 
 
 def _mixed(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
-    database.execute(MIXED.setup)
     MIXED.decode(_joined(database, MIXED))
     answers = [_stream(database, MIXED) for _ in range(effort.mixed_answers)]
     return {
@@ -100,6 +109,41 @@ def _large(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
     usage.reset_peak()
     answer = _stream(database, LARGE)
     return large_sample(answer, usage.peak_memory() - before)
+
+
+def _heavy(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
+    """The queries of TPC-H, each asked by 16 threads."""
+    sample: Sample = {}
+    for name, query in tpch.QUERIES.items():
+        _repeat(database, query, 0)
+        with ThreadPoolExecutor(HEAVY_CLIENTS) as pool:
+            began = perf_counter()
+            asked = [
+                pool.submit(_repeat, database, query, effort.window, checked=False)
+                for _ in range(HEAVY_CLIENTS)
+            ]
+            count = sum(len(future.result().latencies) for future in asked)
+            sample[name] = count / (perf_counter() - began)
+    return sample
+
+
+def _rows(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
+    _repeat(database, ONE, effort.warm_up)
+    return by_rows(effort, lambda query: _stream(database, query))
+
+
+def _start(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
+    """Python from nothing to a first answer, and what it holds then."""
+    code = (
+        "from time import perf_counter as now; began = now(); import duckdb, pyarrow; "
+        "took = now() - began; duckdb.sql('select 1').to_arrow_table(); "
+        "print(took, [l.split()[1] for l in open('/proc/self/status') if 'VmRSS' in l][0])"
+    )
+    began = perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds = perf_counter() - began
+    took, memory = map(float, done.stdout.split())
+    return {"first": seconds, "module": took, "memory": memory * 1024 / 1e6}
 
 
 class _Pieces:
@@ -151,14 +195,19 @@ def _fan_out(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
 RUNS: dict[str, Callable[[duckdb.DuckDBPyConnection, Effort], Sample]] = {
     "one": _one,
     "mixed": _mixed,
+    "tpch": _heavy,
     "large": _large,
+    "rows": _rows,
+    "start": _start,
     "upload": _upload,
     "fanout": _fan_out,
 }
 
 
-def main(name: str, effort: str) -> None:
+def main(name: str, effort: str, *tables: str) -> None:
     with duckdb.connect() as database:
+        for table in tables:
+            database.execute(f"create table {Path(table).stem} as from '{table}'")
         sample = RUNS[name](database, QUICK if effort == "quick" else FULL)
     print(json.dumps(sample))
 

@@ -82,9 +82,14 @@ def decode(connection: Conversation, query: Query) -> None:
 
 
 def one_at_a_time(
-    connection: Conversation, query: Query, seconds: float, answers: Answers | None = None
+    connection: Conversation,
+    query: Query,
+    seconds: float,
+    answers: Answers | None = None,
+    *,
+    least: int = 0,
 ) -> Rate:
-    """Ask again as soon as the answer is there, for `seconds`."""
+    """Ask again as soon as the answer is there, for `seconds`, and `least` times."""
     whole, answers = Whole(), answers or Answers(query)
     latencies: list[float] = []
     start = perf_counter()
@@ -93,7 +98,7 @@ def one_at_a_time(
         asked_id = f"q{number}"
         question = _question("arrow", query.sql, asked_id)
         asked = perf_counter()
-        if asked >= until:
+        if asked >= until and number >= least:
             break
         connection.send(question)
         reply = _reply(connection, whole)
@@ -103,10 +108,19 @@ def one_at_a_time(
 
 
 def many_at_once(
-    server: Server, query: Query, seconds: float, connections: int, in_flight: int, **options: Any
+    server: Server,
+    query: Query,
+    seconds: float,
+    connections: int,
+    in_flight: int,
+    *,
+    late: bool = False,
+    **options: Any,
 ) -> Rate:
     """Keep `in_flight` questions open on each of `connections` connections, for `seconds`.
 
+    With `late`, answers that come later count as well, and the time they took; that is for
+    questions that take long.
     A server that takes one question at a time gets as many connections as there are questions.
     """
     if not server.peer.multiplexes:
@@ -137,10 +151,11 @@ def many_at_once(
                     asked = client.asked.pop(answers.accept(reply), None)
                     if asked is None:
                         raise WrongAnswer("an answer to a question that is not open")
-                    if now < until:
+                    if late or now < until:
                         latencies.append(now - asked)
+                    if now < until:
                         client.ask(f"q{next(numbers)}")
-    return Rate(seconds, latencies)
+    return Rate(now - start if late else seconds, latencies)
 
 
 def stream(connection: Conversation, query: Query) -> Stream:

@@ -21,8 +21,8 @@ class Peer:
 
     `command` takes its environment, the port, the Parquet files of the tables it shall have, and
     options; a server that `executes` is told to load the tables when it runs. `module` is what
-    its process imports first, where that is Python. `checks` asks in another way, where small
-    answers are not Arrow, and raises `WrongAnswer`.
+    its process imports first, where that is Python. Where answers are not Arrow, `checks` and
+    `times` ask with a client of its own, and raise `WrongAnswer`.
     """
 
     command: Callable[[Path, int, Sequence[Path], Sequence[str]], list[str | Path]]
@@ -33,6 +33,7 @@ class Peer:
     multiplexes: bool = False
     speaks_duckdb: bool = True
     checks: Callable[[Path, int, Query], None] | None = None
+    times: Callable[[Path, int, Query], dict[str, float]] | None = None
 
 
 def _sqlrooms(
@@ -76,7 +77,12 @@ PEERS = {
         "pkg.app",
     ),
     "quack": Peer(
-        _quack, ("/", b"Quack"), quack.connect, executes=False, checks=quack.check
+        _quack,
+        ("/", b"Quack"),
+        quack.connect,
+        executes=False,
+        checks=quack.check,
+        times=quack.timed,
     ),
     "roapi": Peer(
         _roapi,

@@ -314,6 +314,8 @@ class Effort:
     # Of each member of a room.
     edits: int
     rows: tuple[int, ...] = ROWS
+    # The workloads that peers take part in.
+    peers: tuple[str, ...] = tuple(workload.name for workload in WORKLOADS if workload.peers)
     settle: float = 1.0
     idle: float = 5.0
     soak: float = 600.0
@@ -379,6 +381,7 @@ QUICK = Effort(
     mixed_answers=3,
     edits=200,
     rows=QUICK_ROWS,
+    peers=("one", "many", "mixed"),
     settle=0.5,
     idle=2.0,
     soak=20.0,

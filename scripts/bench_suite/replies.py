@@ -56,13 +56,14 @@ class Answers:
 
 
 class SameAnswers(Answers):
-    """Checks small answers that are not Arrow: all have to be equal, the first is taken as right."""
+    """Checks small answers that are not Arrow: all have to equal the first, which is right."""
 
     def accept(self, message: Message) -> str:
         answered, view = arrow_reply(message)
-        self._right = self._right or {bytes(view)}
-        if view not in self._right:
-            raise WrongAnswer(f"{bytes(view[:300])!r} and {self._right!r}")
+        body = bytes(view)
+        self._right = self._right or {body}
+        if body not in self._right:
+            raise WrongAnswer(f"{body[:300]!r} is not the first answer")
         return answered
 
 

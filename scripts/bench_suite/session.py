@@ -13,19 +13,33 @@ from pathlib import Path
 
 from .answers import WrongAnswer
 from .load import Sample
-from .plan import FULL, QUICK, Effort, Workload
+from .peers import PEERS as SERVERS
+from .plan import FULL, PEERS, QUICK, Effort, Workload
 from .servers import ServerFailed, running
 from .workloads import RUNS
 
 IN_PROCESS_SECONDS = 120.0
+
+PACKAGES = (
+    "sqlrooms-server",
+    "duckdb-server",
+    "duckdb-extension-quack",
+    "roapi",
+    "duckdb",
+    "pyarrow",
+    "socketify",
+)
+
+ELSEWHERE = {"2": {"quack": "PyPI has its extension for DuckDB 1.5.5 at most"}}
+"""Who cannot be measured with a DuckDB series, and why."""
 
 
 @dataclass
 class Sheet:
     """The samples of one DuckDB series, by workload and subject, and what went wrong.
 
-    `failures` are faults of ours or of the machine; `remarks` concern the published server with
-    an engine it does not declare.
+    `failures` are faults of ours or of the machine; `remarks` concern the other servers: what they
+    did not do, and why.
     """
 
     duckdb: str
@@ -37,19 +51,27 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Session:
-    """The virtual environments of one DuckDB series, below `.bench`."""
+    """One DuckDB series, and `home`, where virtual environments and tables are."""
 
     duckdb: str
-    ours: Path
-    published: Path
+    home: Path
+    peers: Sequence[str]
     quick: bool
 
     def measure(self, workloads: Sequence[Workload], say: Callable[[str], None]) -> Sheet:
         """Run every workload, its subjects in a new random order in each repetition."""
-        versions = {"ours": _versions(self.ours), "published": _versions(self.published)}
-        sheet = Sheet(self.duckdb, versions)
+        sheet = Sheet(self.duckdb, self._versions())
+        peers = self._able(sheet)
         for workload in workloads:
-            subjects = workload.subjects
+            if missing := self._missing(workload):
+                sheet.remarks.append(f"{workload.name}: {missing}")
+                continue
+            unasked = [] if workload.name in self._effort.peers else PEERS
+            subjects = [
+                subject
+                for subject in workload.subjects
+                if subject not in PEERS or (subject in peers and subject not in unasked)
+            ]
             found = sheet.samples[workload.name] = {subject: [] for subject in subjects}
             failed: set[str] = set()
             for repetition in range(self._effort.repetitions[workload.name]):
@@ -59,7 +81,7 @@ class Session:
                     where = f"DuckDB {self.duckdb}, {workload.name}, {subject}"
                     try:
                         sample = self._sample(workload, subject, first=repetition == 0)
-                    except (ServerFailed, WrongAnswer) as error:
+                    except (ServerFailed, WrongAnswer, OSError) as error:
                         say(f"{where}: {error}")
                         failed.add(subject)
                         self._problems(sheet, subject).append(f"{where}: {error}")
@@ -75,18 +97,50 @@ class Session:
 
     def _problems(self, sheet: Sheet, subject: str) -> list[str]:
         undeclared = subject == "published" and not self.duckdb.startswith("1.")
-        return sheet.remarks if undeclared else sheet.failures
+        return sheet.remarks if undeclared or subject in PEERS else sheet.failures
+
+    def _able(self, sheet: Sheet) -> list[str]:
+        """The peers that can be measured; why others cannot goes into the remarks."""
+        able = []
+        for peer in self.peers:
+            if peer in ELSEWHERE.get(self.duckdb, {}):
+                sheet.remarks.append(f"{peer}: {ELSEWHERE[self.duckdb][peer]}")
+            elif not (self._environment(peer) / "stamp").exists():
+                sheet.remarks.append(f"{peer}: could not be installed, see above")
+            else:
+                able.append(peer)
+        return able
+
+    def _missing(self, workload: Workload) -> str:
+        tables = [table.name for table in self._tables(workload) if not table.exists()]
+        return f"{', '.join(tables)} could not be made, see above" if tables else ""
+
+    def _tables(self, workload: Workload) -> list[Path]:
+        return [self.home / "data" / f"{table}.parquet" for table in workload.tables]
+
+    def _environment(self, subject: str) -> Path:
+        of_one_duckdb = self.home / f"{subject}-{self.duckdb}"
+        return of_one_duckdb if of_one_duckdb.exists() else self.home / subject
+
+    def _versions(self) -> dict[str, dict[str, str]]:
+        return {
+            subject: _versions(self._environment(subject))
+            for subject in ("ours", "published", *self.peers)
+            if (self._environment(subject) / "stamp").exists()
+        }
 
     def _sample(self, workload: Workload, subject: str, *, first: bool) -> Sample:
         if subject == "in-process":
             return self._in_process(workload)
-        with running(self.ours if subject == "ours" else self.published) as server:
+        peer, tables = SERVERS[subject], self._tables(workload)
+        with running(self._environment(subject), peer=peer, tables=tables) as server:
             return RUNS[workload.name](server, self._effort, first)
 
     def _in_process(self, workload: Workload) -> Sample:
         command = [
-            str(self.ours / "bin" / "python"),
+            str(self._environment("ours") / "bin" / "python"),
             *("-m", f"{__package__}.inprocess", workload.name, "quick" if self.quick else "full"),
+            *map(str, self._tables(workload)),
         ]
         surroundings = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
         try:
@@ -108,17 +162,14 @@ class Session:
 
 def _versions(environment: Path) -> dict[str, str]:
     """The versions of what is installed in an environment, and of its Python."""
-    names = ("sqlrooms-server", "duckdb", "pyarrow", "socketify", "ujson")
     code = (
-        "import json, platform, sys; from importlib.metadata import version; "
+        "import json, platform; from importlib.metadata import distributions; "
         "print(json.dumps({'python': platform.python_version(), "
-        "**{name: version(name) for name in sys.argv[1:]}}))"
+        "**{d.metadata['Name']: d.version for d in distributions()}}))"
     )
     python = environment / "bin" / "python"
-    done = subprocess.run(
-        [python, "-c", code, *names], capture_output=True, text=True, timeout=30.0
-    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=30.0)
     if done.returncode:
         sys.exit(f"{environment} is not complete: {done.stderr.strip()[-500:]}")
-    versions: dict[str, str] = json.loads(done.stdout)
-    return versions
+    found: dict[str, str] = json.loads(done.stdout)
+    return {name: found[name] for name in ("python", *PACKAGES) if name in found}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from . import changes, hub, load, rooms
+from . import changes, footprint, growth, hub, load, rooms, soak
 from .answers import LARGE, MIXED, ONE, gigabyte, numbered
 from .load import Sample
 from .plan import Effort
@@ -38,21 +38,21 @@ Run = Callable[[Server, Effort, bool], Sample]
 
 
 def _one(server: Server, effort: Effort, _: bool) -> Sample:
-    with Connection(server.port) as connection:
-        load.one_at_a_time(connection, ONE, effort.warm_up)
-        return load.one_at_a_time(connection, ONE, effort.window).sample()
+    answers = server.answers(ONE)
+    with server.connect() as connection:
+        load.one_at_a_time(connection, ONE, effort.warm_up, answers)
+        return load.one_at_a_time(connection, ONE, effort.window, answers).sample()
 
 
 def _many(server: Server, effort: Effort, _: bool) -> Sample:
-    load.many_at_once(server.port, ONE, effort.warm_up, CONNECTIONS, IN_FLIGHT)
-    return load.many_at_once(server.port, ONE, effort.window, CONNECTIONS, IN_FLIGHT).sample()
+    load.many_at_once(server, ONE, effort.warm_up, CONNECTIONS, IN_FLIGHT)
+    return load.many_at_once(server, ONE, effort.window, CONNECTIONS, IN_FLIGHT).sample()
 
 
 def _mixed(server: Server, effort: Effort, _: bool) -> Sample:
-    with Connection(server.port) as connection:
-        load.execute(connection, MIXED.setup)
-        load.decode(connection, MIXED)
-        answers = [load.stream(connection, MIXED) for _ in range(effort.mixed_answers)]
+    with server.connect() as connection:
+        server.decode(connection, MIXED)
+        answers = [server.stream(connection, MIXED) for _ in range(effort.mixed_answers)]
     return {
         "mbps": median(answer.megabytes_per_second for answer in answers),
         "seconds": median(answer.seconds for answer in answers),
@@ -60,14 +60,15 @@ def _mixed(server: Server, effort: Effort, _: bool) -> Sample:
 
 
 def _large(server: Server, effort: Effort, decode: bool) -> Sample:
-    with Connection(server.port) as connection:
-        load.one_at_a_time(connection, ONE, effort.warm_up)
+    query = server.version_of(LARGE)
+    with server.connect() as connection:
+        load.one_at_a_time(connection, ONE, effort.warm_up, server.answers(ONE))
         before = server.usage.memory()
         server.usage.reset_peak()
-        answer = load.stream(connection, LARGE)
+        answer = server.stream(connection, query)
         growth = server.usage.peak_memory() - before
         if decode:
-            load.decode(connection, LARGE)
+            server.decode(connection, query)
     return large_sample(answer, growth)
 
 
@@ -112,7 +113,7 @@ def _upload(server: Server, effort: Effort, _: bool) -> Sample:
 
 def _cached(server: Server, effort: Effort, _: bool) -> Sample:
     def rate(seconds: float, **options: bool) -> float:
-        asked = load.many_at_once(server.port, ONE, seconds, CONNECTIONS, IN_FLIGHT, **options)
+        asked = load.many_at_once(server, ONE, seconds, CONNECTIONS, IN_FLIGHT, **options)
         return asked.sample()["qps"]
 
     rate(effort.warm_up)
@@ -182,8 +183,8 @@ def _rooms(server: Server, effort: Effort, _: bool) -> Sample:
 
 
 def _idle(server: Server, effort: Effort, _: bool) -> Sample:
-    with Connection(server.port) as connection:
-        load.decode(connection, ONE)
+    with server.connect() as connection:
+        load.one_at_a_time(connection, ONE, effort.warm_up, server.answers(ONE))
         connection.idle(effort.settle, Whole())
         before = server.usage.cpu_seconds()
         connection.idle(effort.idle, Whole())
@@ -194,8 +195,11 @@ def _idle(server: Server, effort: Effort, _: bool) -> Sample:
 RUNS: dict[str, Run] = {
     "one": _one,
     "many": _many,
+    "clients": growth.clients,
     "mixed": _mixed,
+    "tpch": growth.heavy,
     "large": _large,
+    "rows": growth.rows,
     "chunked": _chunked,
     "streams": _streams,
     "upload": _upload,
@@ -208,4 +212,7 @@ RUNS: dict[str, Run] = {
     "subscribed": _subscribed,
     "rooms": _rooms,
     "idle": _idle,
+    "start": footprint.start,
+    "memory": footprint.memory,
+    "soak": soak.soak,
 }

@@ -1,0 +1,104 @@
+"""A long mixture of everything that a server does at once, and whether it stays as it was."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter, sleep
+
+from . import changes, hub, load
+from .answers import MIXED, ONE, WrongAnswer, counted
+from .load import Sample
+from .plan import Effort
+from .replies import Whole
+from .servers import Server, ServerFailed
+from .websocket import Connection
+
+# The part of the time that later figures are compared with.
+FIRST = 0.1
+ROUND_SECONDS = 1.0
+LATE_AFTER = 0.9
+
+
+def soak(server: Server, effort: Effort, _: bool) -> Sample:
+    """Small, cached, large and abandoned queries, watchers and channels, each in a thread."""
+    latencies: list[tuple[float, list[float]]] = []
+    memory: list[int] = []
+    failed: list[Exception] = []
+    began = perf_counter()
+
+    def passed() -> float:
+        return (perf_counter() - began) / effort.soak
+
+    def small() -> None:
+        at = passed()
+        asked = load.many_at_once(server, ONE, ROUND_SECONDS, 8, 4)
+        latencies.append((at, asked.latencies))
+
+    def repeated(work: Callable[[], object]) -> None:
+        try:
+            while passed() < 1 and not failed:
+                work()
+        except (OSError, WrongAnswer, ServerFailed) as error:
+            failed.append(error)
+
+    works: list[Callable[[], object]] = [
+        small,
+        lambda: load.many_at_once(server, ONE, ROUND_SECONDS, 4, 4, persist=True),
+        lambda: _large(server),
+        lambda: _abandoned(server),
+        lambda: _watched(server),
+        lambda: hub.fan_out(server.port, 100, ROUND_SECONDS),
+    ]
+    threads = [threading.Thread(target=repeated, args=(work,), daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        memory.append(server.usage.memory())
+        sleep(min(1.0, effort.soak / 50))
+    if failed:
+        raise failed[0]
+    return _summary(latencies, memory, perf_counter() - began)
+
+
+def _summary(
+    latencies: list[tuple[float, list[float]]], memory: list[int], seconds: float
+) -> Sample:
+    early = _p99([one for at, some in latencies if at <= FIRST for one in some])
+    late = _p99([one for at, some in latencies if at >= LATE_AFTER for one in some])
+    count = len(memory)
+    first, half = memory[int(count * FIRST)], memory[count // 2 : count * 6 // 10]
+    return {
+        "rate": sum(len(some) for _, some in latencies) / seconds,
+        "p99": late * 1e3,
+        "late": late / early,
+        "memory": first / 1e6,
+        "growth": (median(memory[int(count * LATE_AFTER) :]) - median(half)) / 1e6,
+    }
+
+
+def _p99(latencies: list[float]) -> float:
+    return sorted(latencies)[len(latencies) * 99 // 100]
+
+
+def _large(server: Server) -> None:
+    with server.connect() as connection:
+        server.stream(connection, MIXED)
+        server.stream(connection, counted(2_000_000))
+        server.decode(connection, counted(100_000))
+
+
+def _abandoned(server: Server) -> None:
+    """Clients that go while their answers are under way."""
+    for _ in range(10):
+        with Connection(server.port) as connection:
+            sql = counted(30_000_000).sql
+            connection.send(load.as_message("arrow", sql=sql, queryId="gone", stream=True))
+            connection.receive(Whole())
+
+
+def _watched(server: Server) -> None:
+    with Connection(server.port) as connection:
+        load.execute(connection, "drop table if exists watched")
+    changes.watch(server.port, 50, 10)
