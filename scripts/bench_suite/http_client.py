@@ -7,7 +7,11 @@ that costs, a look into a dict and a header of some forty bytes, is far less tha
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import select
+import selectors
 import socket
 import struct
 import time
@@ -17,7 +21,13 @@ from .websocket import READ_SIZE, SILENCE, Disconnected, Receiver
 
 
 class Dialect(Protocol):
-    """How a server is asked, and what of its answer counts."""
+    """How a server is asked, and what of its answer counts.
+
+    `renewed`: each question goes over a new socket. `suffix` is what follows every answer.
+    """
+
+    renewed: bool
+    suffix: bytes
 
     def request(self, kind: str, sql: str) -> tuple[str, dict[str, str], bytes]:
         """The path, further headers and the body of a request."""
@@ -28,6 +38,9 @@ class Dialect(Protocol):
 
 class Mosaic:
     """Mosaic's `duckdb-server`: JSON in, an Arrow stream out."""
+
+    renewed = False
+    suffix = b""
 
     def request(self, kind: str, sql: str) -> tuple[str, dict[str, str], bytes]:
         return (
@@ -43,6 +56,10 @@ class Mosaic:
 class Roapi:
     """`roapi`: SQL in, an Arrow stream out."""
 
+    renewed = False
+    # It leaves out the end mark of the stream; HTTP says where the end is.
+    suffix = b"\xff\xff\xff\xff\0\0\0\0"
+
     def request(self, kind: str, sql: str) -> tuple[str, dict[str, str], bytes]:
         return "/api/sql", {"Accept": "application/vnd.apache.arrow.stream"}, sql.encode()
 
@@ -53,23 +70,23 @@ class Roapi:
 class HttpConnection:
     """One connection to 127.0.0.1:`port`, a `with` block. One question at a time.
 
-    Calls block, for `SILENCE` at most. With `renewed`, each question goes over a new socket;
-    `generation` counts them.
+    Calls block, for `SILENCE` at most. A new socket, of which `generation` is the number, connects
+    in its own time, as a client on a thread of its own would: until then `receive` is to be called
+    when it can be written to, which `events` says.
     """
 
-    def __init__(self, port: int, dialect: Dialect, *, renewed: bool = False) -> None:
+    def __init__(self, port: int, dialect: Dialect) -> None:
         self._port = port
         self._dialect = dialect
-        self._renewed = renewed
         self._requests: dict[bytes, bytes] = {}
         self._buffer = memoryview(bytearray(READ_SIZE))
         self._head = bytearray()
         self._body: bytearray | None = None
         self._left = -1
-        self._ok = self._closing = self._fresh = False
+        self._ok = self._closing = self._used = False
+        self._unsent = self._prefix = self._kind = b""
         self.generation = 0
-        self._prefix = b""
-        self._kind = ""
+        self.events = selectors.EVENT_READ
         self._socket = self._connect()
 
     def __enter__(self) -> HttpConnection:
@@ -82,24 +99,30 @@ class HttpConnection:
         return self._socket.fileno()
 
     def send(self, question: bytes) -> None:
-        """Send one question as a request."""
+        """Send one question as a request, or keep it until the connection is there."""
         before, _, rest = question.partition(b'"queryId": "')
         query_id = rest[: rest.index(b'"')]
         if before not in self._requests:
             fields = json.loads(question)
             path, headers, body = self._dialect.request(fields["type"], fields["sql"])
             self._requests[before] = _request(self._port, path, headers, body)
-        self._kind = "exec" if before.startswith(b'{"type": "exec"') else "arrow"
+        self._kind = b"exec" if before.startswith(b'{"type": "exec"') else b"arrow"
         header = b'{"type": "arrow", "queryId": "%b"}' % query_id
         self._prefix = struct.pack(">I", len(header)) + header
-        if self._closing or (self._renewed and not self._fresh):
+        if self._closing or (self._dialect.renewed and self._used):
             self._socket.close()
             self._socket = self._connect()
-        self._fresh = False
-        self._socket.sendall(self._requests[before])
+        self._used = True
+        if self.events == selectors.EVENT_READ:
+            self._socket.sendall(self._requests[before])
+        else:
+            self._unsent = self._requests[before]
 
     def receive(self, receiver: Receiver) -> None:
         """Hand on what one read brings."""
+        if self._unsent:
+            self._finish_connecting()
+            return
         try:
             size = self._socket.recv_into(self._buffer)
         except BlockingIOError:
@@ -111,7 +134,7 @@ class HttpConnection:
             data = self._read_head(data)
             if self._left < 0:
                 return
-            if self._ok and self._kind == "arrow":
+            if self._ok and self._kind == b"arrow":
                 receiver.piece(memoryview(self._prefix))
         if len(data) > self._left:
             raise Disconnected("the server sent more than one answer")
@@ -129,11 +152,12 @@ class HttpConnection:
 
     def _end(self, receiver: Receiver) -> None:
         self._left = -1
+        is_arrow = self._kind == b"arrow"
         if self._body is not None:
             receiver.piece(self._dialect.answer(memoryview(bytes(self._body))))
-        if self._ok and self._kind == "exec":
-            receiver.piece(memoryview(b'{"type": "ok"}'))
-        receiver.end(self._ok and self._kind == "arrow")
+        if self._ok:
+            receiver.piece(memoryview(self._dialect.suffix if is_arrow else b'{"type": "ok"}'))
+        receiver.end(self._ok and is_arrow)
 
     def _read_head(self, data: memoryview) -> memoryview:
         """Take the head of the answer, as far as it came; `_left` is the size of its body then."""
@@ -151,20 +175,36 @@ class HttpConnection:
         self._closing = headers.get("connection", "").lower() == "close"
         self._ok = status.split(" ")[1] == "200"
         # What is stripped of something at its end has to be there as a whole.
-        self._body = bytearray() if self._renewed else None
+        self._body = bytearray() if self._dialect.renewed else None
         return memoryview(body)
 
     def _connect(self) -> socket.socket:
-        opened = socket.create_connection(("127.0.0.1", self._port), timeout=SILENCE)
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # The kernel's own timeouts: Python's would add a poll() to every read.
-        opened.settimeout(None)
-        limit = struct.pack("ll", int(SILENCE), 0)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        self._closing, self._fresh = False, True
-        self.generation += 1
+        opened = socket.socket()
+        opened.setblocking(False)
+        if opened.connect_ex(("127.0.0.1", self._port)) not in (0, errno.EINPROGRESS):
+            raise Disconnected("the server refused the connection")
+        self._closing = self._used = False
+        self._watch_for(selectors.EVENT_WRITE)
         return opened
+
+    def _finish_connecting(self) -> None:
+        if not select.select([], [self._socket], [], SILENCE)[1]:
+            raise Disconnected(f"no connection within {SILENCE:.0f} s")
+        if error := self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise Disconnected(f"no connection: {os.strerror(error)}")
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # The kernel's own timeouts: Python's would add a poll() to every read.
+        self._socket.setblocking(True)
+        limit = struct.pack("ll", int(SILENCE), 0)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        self._watch_for(selectors.EVENT_READ)
+        self._socket.sendall(self._unsent)
+        self._unsent = b""
+
+    def _watch_for(self, events: int) -> None:
+        self.events = events
+        self.generation += 1
 
 
 def _request(port: int, path: str, headers: dict[str, str], body: bytes) -> bytes:

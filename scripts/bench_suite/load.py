@@ -146,6 +146,7 @@ def many_at_once(
             for key, _ in ready:
                 client = key.data
                 client.connection.receive(client.whole)
+                client.watch()
                 now = perf_counter()
                 for reply in client.whole.take():
                     asked = client.asked.pop(answers.accept(reply), None)
@@ -299,15 +300,16 @@ class _Client:
         question = self._before + query_id.encode() + self._after
         self.asked[query_id] = perf_counter()
         self.connection.send(question)
-        if self._generation != self.connection.generation:
-            self._watch()
+        self.watch()
 
-    def _watch(self) -> None:
-        """Watch the new socket of the connection, which may have the number of the old one."""
+    def watch(self) -> None:
+        """Watch for the next event; a new socket may have the number of the one before."""
+        if self._generation == self.connection.generation:
+            return
         if self._generation:
             self._selector.unregister(self._file)
         self._generation, self._file = self.connection.generation, self.connection.fileno()
-        self._selector.register(self._file, selectors.EVENT_READ, self)
+        self._selector.register(self._file, self.connection.events, self)
 
 
 def _question(kind: str, sql: str, query_id: str, **options: Any) -> bytes:

@@ -59,7 +59,7 @@ def _roapi(
 ) -> list[str | Path]:
     command: list[str | Path] = [environment / "bin" / "roapi", "-a", f"127.0.0.1:{port}"]
     command += ["-p", "127.0.0.1:0", "--addr-flight-sql", "127.0.0.1:0"]
-    for table in tables:
+    for table in tables or [environment.parent / "data" / "one.parquet"]:
         command += ["-t", f"{table.stem}={table}"]
     return command
 

@@ -33,6 +33,9 @@ _BINARY = {"Content-Type": "application/octet-stream"}
 class QuackSession:
     """The dialect of one session on a Quack server."""
 
+    renewed = True
+    suffix = b""
+
     def __init__(self, session: bytes) -> None:
         self._session = session
 
@@ -58,7 +61,7 @@ def connect(port: int) -> HttpConnection:
     at = answer.find(b"\x02\x00" + bytes([_SESSION_SIZE])) + 3
     if answer[2] != _CONNECTION_RESPONSE or at < 3:
         raise Disconnected(f"a session was answered with {answer[:300]!r}")
-    return HttpConnection(port, QuackSession(answer[at : at + _SESSION_SIZE]), renewed=True)
+    return HttpConnection(port, QuackSession(answer[at : at + _SESSION_SIZE]))
 
 
 def check(environment: Path, port: int, query: Query) -> None:

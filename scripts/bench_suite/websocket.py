@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import os
 import select
+import selectors
 import socket
 import struct
 from time import perf_counter
@@ -41,7 +42,9 @@ class Connection:
     """One connection to 127.0.0.1:`port`, a `with` block. Calls block, for `SILENCE` at most."""
 
     generation = 1
-    """Which of its sockets this is; there is just the one."""
+    """There is just the one socket,"""
+    events = selectors.EVENT_READ
+    """and this to watch it for."""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=SILENCE)
