@@ -69,9 +69,11 @@ import argparse
 import json
 import signal
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from .plan import DUCKDBS, PEERS, WORKLOADS
 
@@ -97,6 +99,16 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="under 3 minutes, less certain")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE")
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="put tables and plots into FILE, as Markdown"
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: make --page of the JSON in FILE",
+    )
     parser.add_argument(
         "--environments",
         type=Path,
@@ -125,6 +137,9 @@ def _leave(number: int, _: FrameType | None) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.source:
+        document = json.loads(arguments.source.read_text(encoding="utf-8"))
+        return _write_page(document, arguments.page)
     # Late, so that --help needs no pyarrow.
     from . import report
     from .session import Session
@@ -138,16 +153,32 @@ def _run(arguments: argparse.Namespace) -> int:
             home=environments,
             peers=arguments.peers,
             quick=arguments.quick,
+            alone=bool(arguments.only),
         )
         workloads = [
             w for w in WORKLOADS if arguments.only == w.name or (not arguments.only and w.usual)
         ]
         sheets.append(session.measure(workloads, say=lambda line: print(line, file=sys.stderr)))
         print(f"\n{report.table(sheets[-1])}\n", flush=True)
+    document = report.document(sheets, sys.argv[1:], began)
     if arguments.json:
-        document = report.document(sheets, sys.argv[1:], began)
-        arguments.json.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    return 1 if any(sheet.failures for sheet in sheets) else 0
+        text = json.dumps(document, indent=2, ensure_ascii=False)
+        arguments.json.write_text(f"{text}\n", encoding="utf-8")
+    failed = any(sheet.failures for sheet in sheets)
+    if arguments.page:
+        failed |= bool(_write_page(document, arguments.page))
+    return 1 if failed else 0
+
+
+def _write_page(document: Mapping[str, Any], file: Path | None) -> int:
+    from . import page
+
+    try:
+        page.write(document, file or Path("benchmarks.md"))
+    except page.NoPlace as error:
+        print(f"scripts/bench: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .plan import SUBJECTS, WORKLOADS, Metric
+from .plan import PEERS, SUBJECTS, WORKLOADS, Metric
 from .session import Sheet
 
 COLUMNS = (
@@ -24,6 +24,17 @@ COLUMNS = (
     "aim",
     "in-process",
     "ours vs in-process",
+)
+
+
+BESIDE = (
+    "workload",
+    "published",
+    *PEERS,
+    "ours",
+    "to the best peer",
+    "aim",
+    "in-process",
 )
 
 
@@ -53,6 +64,25 @@ class Row:
             return None
         return ours >= limit if self.metric.more_is_better else ours <= limit
 
+    def best_peer(self) -> str | None:
+        """The peer with the best median."""
+        found = {peer: middle for peer in PEERS if (middle := self.median(peer)) is not None}
+        best = max if self.metric.more_is_better else min
+        return best(found, key=found.__getitem__) if found else None
+
+    def beside(self) -> list[str]:
+        """The cells of the table of peers."""
+        best = self.best_peer()
+        ratio = f"{self._times(self.ratio(best))} {best}" if best else ""
+        limit = self._limit(self.metric.beside, against=best) if best else ""
+        return [
+            self.metric.label,
+            *(self._values(subject) for subject in ("published", *PEERS, "ours")),
+            ratio,
+            limit,
+            self._values("in-process"),
+        ]
+
     def cells(self) -> list[str]:
         metric = self.metric
         vs_engine = self.ratio("in-process")
@@ -69,7 +99,7 @@ class Row:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        metric = self.metric
+        metric, best = self.metric, self.best_peer()
         return {
             "workload": self.workload,
             "metric": metric.key,
@@ -87,6 +117,10 @@ class Row:
             "ours_vs_in_process": self.ratio("in-process"),
             "bound": metric.bound,
             "bound_met": self.met(metric.bound, against="in-process"),
+            "best_peer": best,
+            "ours_vs_best_peer": self.ratio(best) if best else None,
+            "beside": metric.beside,
+            "beside_met": self.met(metric.beside, against=best) if best else None,
         }
 
     def _values(self, subject: str) -> str:
@@ -122,7 +156,7 @@ def rows(sheet: Sheet) -> list[Row]:
             workload.name,
             metric,
             {
-                subject: [sample[metric.key] for sample in samples[subject]]
+                subject: [sample[metric.key] for sample in samples[subject] if metric.key in sample]
                 for subject in SUBJECTS
                 if subject in samples
             },
@@ -134,22 +168,60 @@ def rows(sheet: Sheet) -> list[Row]:
 
 
 def table(sheet: Sheet) -> str:
-    """The table of one DuckDB series: medians, with least and greatest value in brackets."""
-    ours, published = sheet.versions["ours"], sheet.versions["published"]
-    lines = [list(COLUMNS), *(row.cells() for row in rows(sheet))]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
+    """The tables of one DuckDB series: medians, with least and greatest value in brackets."""
+    ours = sheet.versions["ours"]
+    found = rows(sheet)
     text = [
         f"DuckDB {ours['duckdb']}, pyarrow {ours['pyarrow']}, Python {ours['python']}: "
-        f"published {published['sqlrooms-server']}, ours {ours['sqlrooms-server']}",
+        f"{', '.join(f'{subject} {version}' for subject, version in versions(sheet).items())}",
         "",
+        *_aligned([COLUMNS, *(row.cells() for row in found)]),
     ]
-    for line in lines:
-        first, *others = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        text.append("  ".join([first, *others]).rstrip())
-        if line is lines[0]:
-            text.append("  ".join("-" * width for width in widths))
+    if compared := [row.beside() for row in found if row.best_peer()]:
+        text += ["", *_aligned([BESIDE, *compared])]
     text += [f"! {problem}" for problem in [*sheet.failures, *sheet.remarks]]
     return "\n".join(text)
+
+
+def versions(sheet: Sheet) -> dict[str, str]:
+    """The version of each server that was measured."""
+    named = {"mosaic": "duckdb-server", "quack": "duckdb-extension-quack", "roapi": "roapi"}
+    return {
+        subject: sheet.versions[subject][named.get(subject, "sqlrooms-server")]
+        for subject in ("published", "ours", *PEERS)
+        if subject in sheet.versions
+    }
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        yield "  ".join(cells).rstrip()
+        if line is lines[0]:
+            yield "  ".join("-" * width for width in widths)
+
+
+def curves(sheet: Sheet) -> list[dict[str, Any]]:
+    """How figures grow: for each curve the median of each point, by subject."""
+    found = []
+    for workload in WORKLOADS:
+        for curve in workload.curves:
+            points = {
+                subject: [
+                    [at, median(values)]
+                    for at in curve.at
+                    if (
+                        values := [
+                            one[key] for one in samples if (key := f"{curve.key}{at}") in one
+                        ]
+                    )
+                ]
+                for subject, samples in sheet.samples.get(workload.name, {}).items()
+            }
+            if any(points.values()):
+                found.append({"workload": workload.name, **asdict(curve), "points": points})
+    return found
 
 
 def document(sheets: Sequence[Sheet], arguments: Sequence[str], began: datetime) -> dict[str, Any]:
@@ -164,6 +236,8 @@ def document(sheets: Sequence[Sheet], arguments: Sequence[str], began: datetime)
                 "duckdb": sheet.duckdb,
                 "versions": sheet.versions,
                 "rows": [row.as_json() for row in rows(sheet)],
+                "curves": curves(sheet),
+                "text": table(sheet),
                 "failures": sheet.failures,
                 "remarks": sheet.remarks,
             }

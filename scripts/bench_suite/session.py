@@ -51,12 +51,16 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Session:
-    """One DuckDB series, and `home`, where virtual environments and tables are."""
+    """One DuckDB series, and `home`, where virtual environments and tables are.
+
+    `alone`: just one workload, so that there is time for the peers even if it is to be `quick`.
+    """
 
     duckdb: str
     home: Path
     peers: Sequence[str]
     quick: bool
+    alone: bool = False
 
     def measure(self, workloads: Sequence[Workload], say: Callable[[str], None]) -> Sheet:
         """Run every workload, its subjects in a new random order in each repetition."""
@@ -66,11 +70,11 @@ class Session:
             if missing := self._missing(workload):
                 sheet.remarks.append(f"{workload.name}: {missing}")
                 continue
-            unasked = [] if workload.name in self._effort.peers else PEERS
+            asked = self.alone or workload.name in self._effort.peers
             subjects = [
                 subject
                 for subject in workload.subjects
-                if subject not in PEERS or (subject in peers and subject not in unasked)
+                if subject not in PEERS or (asked and subject in peers)
             ]
             found = sheet.samples[workload.name] = {subject: [] for subject in subjects}
             failed: set[str] = set()
@@ -165,7 +169,7 @@ def _versions(environment: Path) -> dict[str, str]:
     code = (
         "import json, platform; from importlib.metadata import distributions; "
         "print(json.dumps({'python': platform.python_version(), "
-        "**{d.metadata['Name']: d.version for d in distributions()}}))"
+        "**{d.metadata['Name'].replace('_', '-'): d.version for d in distributions()}}))"
     )
     python = environment / "bin" / "python"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=30.0)
