@@ -19,6 +19,9 @@ from typing import Protocol
 
 from .websocket import READ_SIZE, SILENCE, Disconnected, Receiver
 
+# As often as DuckDB's client, by its setting http_retries.
+RETRIES = 3
+
 
 class Dialect(Protocol):
     """How a server is asked, and what of its answer counts.
@@ -83,8 +86,9 @@ class HttpConnection:
         self._head = bytearray()
         self._body: bytearray | None = None
         self._left = -1
-        self._ok = self._closing = self._used = False
-        self._unsent = self._prefix = self._kind = b""
+        self._ok = self._open = self._closing = self._used = False
+        self._unsent = self._asked = self._prefix = self._kind = b""
+        self._tries = 0
         self.generation = 0
         self.events = selectors.EVENT_READ
         self._socket = self._connect()
@@ -112,11 +116,12 @@ class HttpConnection:
         if self._closing or (self._dialect.renewed and self._used):
             self._socket.close()
             self._socket = self._connect()
-        self._used = True
+        self._used = self._open = True
+        self._asked = self._requests[before]
         if self.events == selectors.EVENT_READ:
-            self._socket.sendall(self._requests[before])
+            self._socket.sendall(self._asked)
         else:
-            self._unsent = self._requests[before]
+            self._unsent = self._asked
 
     def receive(self, receiver: Receiver) -> None:
         """Hand on what one read brings."""
@@ -127,8 +132,12 @@ class HttpConnection:
             size = self._socket.recv_into(self._buffer)
         except BlockingIOError:
             raise Disconnected(f"no answer within {SILENCE:.0f} s") from None
+        except ConnectionResetError:
+            size = 0
         if not size:
-            raise Disconnected("the server closed the connection")
+            self._again()
+            return
+        self._tries = 0
         data = self._buffer[:size]
         if self._left < 0:
             data = self._read_head(data)
@@ -146,12 +155,25 @@ class HttpConnection:
         if not self._left:
             self._end(receiver)
 
+    def _again(self) -> None:
+        """Ask again after the server closed the connection, as DuckDB's client does."""
+        if not self._open:
+            self._closing = True
+            return
+        if self._left >= 0 or self._head or not self._dialect.renewed or self._tries == RETRIES:
+            raise Disconnected("the server closed the connection")
+        self._tries += 1
+        self._socket.close()
+        self._socket = self._connect()
+        self._used = True
+        self._unsent = self._asked
+
     def idle(self, seconds: float, receiver: Receiver) -> None:
         """Say nothing for `seconds`."""
         time.sleep(seconds)
 
     def _end(self, receiver: Receiver) -> None:
-        self._left = -1
+        self._left, self._open = -1, False
         is_arrow = self._kind == b"arrow"
         if self._body is not None:
             receiver.piece(self._dialect.answer(memoryview(bytes(self._body))))

@@ -156,9 +156,11 @@ def rows(sheet: Sheet) -> list[Row]:
             workload.name,
             metric,
             {
-                subject: [sample[metric.key] for sample in samples[subject] if metric.key in sample]
+                subject: [sample[metric.key] for sample in found]
                 for subject in SUBJECTS
-                if subject in samples
+                if (found := samples.get(subject)) is not None
+                # Not all are written in Python, for one.
+                and all(metric.key in sample for sample in found)
             },
         )
         for workload in WORKLOADS
