@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from . import guard
 from .plan import PEERS, SUBJECTS, WORKLOADS, Metric
 from .session import Sheet
 
@@ -181,6 +182,8 @@ def table(sheet: Sheet) -> str:
     ]
     if compared := [row.beside() for row in found if row.best_peer()]:
         text += ["", *_aligned([BESIDE, *compared])]
+    if sheet.counts:
+        text += ["", *guard.lines(sheet.counts, sheet.duckdb)]
     text += [f"! {problem}" for problem in [*sheet.failures, *sheet.remarks]]
     return "\n".join(text)
 
@@ -239,6 +242,7 @@ def document(sheets: Sequence[Sheet], arguments: Sequence[str], began: datetime)
                 "versions": sheet.versions,
                 "rows": [row.as_json() for row in rows(sheet)],
                 "curves": curves(sheet),
+                "counts": sheet.counts,
                 "text": table(sheet),
                 "failures": sheet.failures,
                 "remarks": sheet.remarks,

@@ -52,6 +52,16 @@ class Usage:
     def reset_peak(self) -> None:
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")
 
+    def switches(self) -> int:
+        """How often its threads gave up their core of their own accord."""
+        found = Path(f"/proc/{self.pid}/task").glob("*/status")
+        return sum(
+            int(line.split()[1])
+            for file in found
+            for line in file.read_text().splitlines()
+            if line.startswith("voluntary_ctxt_switches")
+        )
+
     def stay_on(self, core: int) -> None:
         """Keep all its threads, and those they start, on one core."""
         for thread in os.listdir(f"/proc/{self.pid}/task"):

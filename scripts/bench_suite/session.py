@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import guard
 from .answers import WrongAnswer
 from .load import Sample
 from .peers import PEERS as SERVERS
@@ -47,6 +48,7 @@ class Sheet:
     samples: dict[str, dict[str, list[Sample]]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    counts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,15 @@ class Session:
     @property
     def _effort(self) -> Effort:
         return QUICK if self.quick else FULL
+
+    def guard(self, sheet: Sheet) -> None:
+        """Count what an answer of ours costs; too much is a failure."""
+        try:
+            sheet.counts = guard.count(self._environment("ours"), self.duckdb)
+        except guard.NotCounted as error:
+            sheet.failures.append(f"guard: {error}")
+        else:
+            sheet.failures += guard.exceeded(sheet.counts, self.duckdb)
 
     def _problems(self, sheet: Sheet, subject: str) -> list[str]:
         undeclared = subject == "published" and not self.duckdb.startswith("1.")
