@@ -158,9 +158,9 @@ def _run(arguments: argparse.Namespace) -> int:
             quick=arguments.quick,
             alone=bool(arguments.only),
         )
-        workloads = [
-            w for w in WORKLOADS if arguments.only == w.name or (not arguments.only and w.usual)
-        ]
+        workloads = [w for w in WORKLOADS if arguments.only == w.name]
+        if not arguments.only:
+            workloads = [w for w in WORKLOADS if w.usual and (w.brief or not arguments.quick)]
         sheets.append(session.measure(workloads, say=lambda line: print(line, file=sys.stderr)))
         if not arguments.only:
             session.guard(sheets[-1])

@@ -59,7 +59,8 @@ class Workload:
     """A name for `--only`, the metrics found, and who besides ours can do it too.
 
     `tables` are read. Samples may have more figures than metrics: the points of `curves`, whose
-    keys are a name and a number. One that is not `usual` runs with `--only` alone.
+    keys are a name and a number. One that is not `usual` runs with `--only` alone, and one that is
+    not `brief` not with `--quick` either.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Workload:
     tables: tuple[str, ...] = ()
     curves: tuple[Curve, ...] = ()
     usual: bool = True
+    brief: bool = True
 
     @property
     def subjects(self) -> list[str]:
@@ -106,6 +108,7 @@ WORKLOADS = (
             Metric("p512", "  p99 latency", "ms", False),
             Metric("p99", "  to that of 64", "x", False, aim=10, absolute=True),
         ),
+        brief=False,
         in_process=False,
         peers=True,
         curves=(
@@ -133,6 +136,7 @@ WORKLOADS = (
                 ("q3", "  Q3"),
             )
         ),
+        brief=False,
         in_process=True,
         peers=True,
         tables=("customer", "lineitem", "orders"),
@@ -155,6 +159,7 @@ WORKLOADS = (
             Metric("r10000000", "  10 M", "MB/s", True, bound=0.85, beside=1),
             Metric("r60000000", "  60 M", "MB/s", True, bound=0.85, beside=1),
         ),
+        brief=False,
         in_process=True,
         peers=True,
         curves=(
@@ -284,6 +289,7 @@ WORKLOADS = (
             Metric("connection", "memory, one of 500 clients", "kB", False),
             Metric("stream", "  one of 8 results of 160 MB", "MB", False),
         ),
+        brief=False,
         in_process=False,
         peers=True,
     ),
@@ -381,7 +387,7 @@ QUICK = Effort(
     mixed_answers=3,
     edits=200,
     rows=QUICK_ROWS,
-    peers=("one", "many", "mixed"),
+    peers=("one", "many"),
     settle=0.5,
     idle=2.0,
     soak=20.0,

@@ -152,22 +152,21 @@ class Row:
 
 
 def rows(sheet: Sheet) -> list[Row]:
-    return [
-        Row(
-            workload.name,
-            metric,
-            {
-                subject: [sample[metric.key] for sample in found]
+    """The metrics of all that was measured."""
+    found = []
+    for workload in WORKLOADS:
+        samples = sheet.samples.get(workload.name, {})
+        for metric in workload.metrics:
+            values = {
+                subject: [sample[metric.key] for sample in samples[subject]]
                 for subject in SUBJECTS
-                if (found := samples.get(subject)) is not None
+                if subject in samples
                 # Not all are written in Python, for one.
-                and all(metric.key in sample for sample in found)
-            },
-        )
-        for workload in WORKLOADS
-        if (samples := sheet.samples.get(workload.name)) is not None
-        for metric in workload.metrics
-    ]
+                and all(metric.key in sample for sample in samples[subject])
+            }
+            if values:
+                found.append(Row(workload.name, metric, values))
+    return found
 
 
 def table(sheet: Sheet) -> str:
