@@ -1,23 +1,29 @@
-"""Compares this server with the published `sqlrooms-server` 0.1.2 and with the engine alone.
+"""Compares this server with others one might use instead, and with the engine alone.
 
 How to repeat it, on Linux, from a checkout::
 
-    scripts/bench                       # both DuckDB series, 10 to 13 minutes
-    scripts/bench --quick               # fewer and shorter repetitions, under 3 minutes
+    scripts/bench                       # both DuckDB series, about 40 minutes
+    scripts/bench --quick               # DuckDB 1.5, fewer and shorter, under 2 minutes
     scripts/bench --duckdb 1.5 --only large --json large.json
+    scripts/bench --json all.json --page docs/benchmarks.md
 
-`scripts/bench` makes the virtual environments below `.bench/`; the first time this takes a minute
-or two. Both servers get the same DuckDB and the same pyarrow. The published server declares
-DuckDB 1.5 only and is given 2.x all the same; should it fail there, the table says so.
+`scripts/bench` makes the virtual environments and tables below `.bench/`; the first time this takes
+some minutes. The others are the published `sqlrooms-server`, Mosaic's `duckdb-server`, DuckDB's
+own Quack and `roapi`; docs/benchmarks.md says how each is asked. All get the same DuckDB and
+pyarrow, as far as they use them. The published server declares DuckDB 1.5 only and is given
+2.x all the same; should one fail, the table says so.
 
-Fifteen workloads, by the names that `--only` takes:
+The workloads, by the names that `--only` takes:
 
 one     `select 1` as Arrow on one connection, asked again when the answer is there.
 many    the same on 8 connections with 4 questions open on each.
+clients `select 1`, one at a time on each of 1 to 512 connections.
 mixed   a million rows of a stored table with eight columns of seven types.
+tpch    three queries of TPC-H at scale factor 1, each asked by 16 clients one at a time.
 large   30 million rows, 480 MB: the time until the first byte of the data message and until the
         first rows, the throughput, and how far the server's resident memory rose above what it
         was before the question.
+rows    two columns of integers, 1,000 rows to 60 million: how throughput and time grow.
 chunked the same 30 million rows in chunks with a window of 16 MiB, beside one message on the same
         server; and how soon the Python client has the first rows, as a part of the time of all.
 streams 50 chunked results at once on one connection, 200,000 rows each, every one decoded;
@@ -46,6 +52,15 @@ rooms   edits a second that ten members of a room of a database file have acknow
         of 5 MB of which it lacks ten edits. Every member must end with the same document. Only
         this server has stored what it acks.
 idle    CPU time of a server with one connected client that says nothing, as % of one core.
+start   a server from nothing to its first answer; what importing it takes, and its memory then.
+memory  what each of 500 clients that have asked once costs in memory, and each of 8 clients that
+        receive 160 MB at once.
+soak    not unless asked for with --only: ten minutes of small, cached, large and abandoned queries,
+        watchers and channels at once. Nothing may fail; it says how much later answers take than
+        those of the first minute, and how memory grows.
+
+A whole run and --quick also count what an answer costs in calls of Python and switches of context,
+which a busy machine tells as well as an idle one. Too many are a failure.
 
 In-process is the same DuckDB called from Python without any server: for `one` a new cursor and
 the joined bytes of the Arrow stream per query, for the others a reader whose serialized batches
@@ -60,7 +75,8 @@ Every answer is checked: small ones are decoded, large ones have their rows coun
 of the Arrow stream, and each is decoded as a whole once per server (`mixed`) or once per run
 (`large`), with the sums of its columns compared.
 
-Exit code: 0, however slow; 1 for a wrong answer or a server that did not start or did not stay.
+Exit code: 0, however slow; 1 for a wrong answer of ours, a server of ours that did not start or did
+not stay, or a count above its limit.
 """
 
 from __future__ import annotations
