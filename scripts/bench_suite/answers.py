@@ -57,7 +57,7 @@ class Upload:
 
     @property
     def rows(self) -> int:
-        return self.batch.num_rows * self.count
+        return int(self.batch.num_rows) * self.count
 
     def messages(self) -> Iterator[tuple[bytes, bool]]:
         """The messages of the stream, and whether each is the last."""

@@ -11,6 +11,7 @@ from . import load
 from .answers import ONE, WrongAnswer, counted
 from .load import Sample
 from .plan import Effort
+from .replies import Answers, Message, arrow_reply
 from .servers import Server, ServerFailed, starting
 
 CLIENTS = 500
@@ -36,11 +37,11 @@ def start(server: Server, effort: Effort, _: bool) -> Sample:
     return sample
 
 
-class _AnyAnswer(load.Answers):
+class _AnyAnswer(Answers):
     """Takes an answer that is checked elsewhere."""
 
-    def accept(self, message: load.Message) -> str:
-        return load.arrow_reply(message)[0]
+    def accept(self, message: Message) -> str:
+        return arrow_reply(message)[0]
 
 
 def _import(server: Server) -> float:

@@ -90,7 +90,7 @@ class HttpConnection:
         self._unsent = self._asked = self._prefix = self._kind = b""
         self._tries = 0
         self.generation = 0
-        self.events = selectors.EVENT_READ
+        self.events: int = selectors.EVENT_READ
         self._socket = self._connect()
 
     def __enter__(self) -> HttpConnection:
@@ -102,12 +102,12 @@ class HttpConnection:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def send(self, question: bytes) -> None:
+    def send(self, text: bytes) -> None:
         """Send one question as a request, or keep it until the connection is there."""
-        before, _, rest = question.partition(b'"queryId": "')
+        before, _, rest = text.partition(b'"queryId": "')
         query_id = rest[: rest.index(b'"')]
         if before not in self._requests:
-            fields = json.loads(question)
+            fields = json.loads(text)
             path, headers, body = self._dialect.request(fields["type"], fields["sql"])
             self._requests[before] = _request(self._port, path, headers, body)
         self._kind = b"exec" if before.startswith(b'{"type": "exec"') else b"arrow"

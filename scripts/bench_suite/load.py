@@ -22,10 +22,9 @@ from .replies import (
     arrow_header,
     arrow_reply,
 )
-from .websocket import SILENCE, Connection, Disconnected
+from .websocket import SILENCE, Connection, Conversation, Disconnected
 
 if TYPE_CHECKING:
-    from .peers import Conversation
     from .servers import Server
 
 Sample = dict[str, float]

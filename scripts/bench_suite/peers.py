@@ -9,10 +9,7 @@ from pathlib import Path
 from . import quack, quack_process
 from .answers import Query
 from .http_client import HttpConnection, Mosaic, Roapi
-from .websocket import Connection
-
-Conversation = Connection | HttpConnection
-"""One connection to a server. Every kind takes the same questions and gives the same answers."""
+from .websocket import Connection, Conversation
 
 
 @dataclass(frozen=True)

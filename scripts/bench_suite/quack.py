@@ -80,7 +80,13 @@ def timed(environment: Path, port: int, query: Query) -> dict[str, float]:
 
 
 def _client(environment: Path, what: str, port: int, query: Query, *more: str) -> str:
-    command = [environment / "bin" / "python", quack_process.__file__, what, str(port), *more]
+    command: list[str | Path] = [
+        environment / "bin" / "python",
+        quack_process.__file__,
+        what,
+        str(port),
+        *more,
+    ]
     try:
         done = subprocess.run(
             command,

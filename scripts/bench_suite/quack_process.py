@@ -13,6 +13,7 @@ import importlib.util
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -86,4 +87,5 @@ def _time(port: str) -> None:
 
 
 if __name__ == "__main__":
-    {"serve": _serve, "ask": _ask, "time": _time}[sys.argv[1]](*sys.argv[2:])
+    commands: dict[str, Callable[..., None]] = {"serve": _serve, "ask": _ask, "time": _time}
+    commands[sys.argv[1]](*sys.argv[2:])

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from . import load
 from .answers import Query
-from .peers import SQLROOMS, Conversation, Peer
+from .peers import SQLROOMS, Peer
 from .replies import Answers, SameAnswers
+from .websocket import Conversation
 
 START_SECONDS = 30.0
 STOP_SECONDS = 5.0

@@ -38,13 +38,34 @@ class Receiver(Protocol):
         """Take note that the message is complete."""
 
 
+class Conversation(Protocol):
+    """A connection of any kind: it takes the questions of this benchmark, and hands on answers.
+
+    `generation` counts its sockets, of which `fileno` is to be watched for `events`.
+    """
+
+    generation: int
+    events: int
+
+    def __enter__(self) -> Conversation: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def fileno(self) -> int: ...
+
+    def send(self, text: bytes) -> None: ...
+
+    def receive(self, receiver: Receiver) -> None: ...
+
+    def idle(self, seconds: float, receiver: Receiver) -> None: ...
+
+
 class Connection:
     """One connection to 127.0.0.1:`port`, a `with` block. Calls block, for `SILENCE` at most."""
 
+    # There is just the one socket.
     generation = 1
-    """There is just the one socket,"""
-    events = selectors.EVENT_READ
-    """and this to watch it for."""
+    events: int = selectors.EVENT_READ
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=SILENCE)
