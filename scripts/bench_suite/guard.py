@@ -1,8 +1,9 @@
 """A guard against regressions that no clock is needed for: counts of one answer, and their limits.
 
-Of what can be counted, these were the steadiest. In five runs on two cores that seven other builds
-kept busy, the calls of a small answer varied by 1 %, those of a large one by 6 %, the switches by
-12 %, and the modules not at all, while answers a second varied by a factor of six.
+Of what can be counted, these were the steadiest. In five runs each with DuckDB 1.5 and 2 on two
+cores that other programs kept busy, the calls of a small answer varied by 1 %, those of a large one
+by 6 %, the switches by 15 %, and the modules not at all, while answers a second of the same servers
+varied by a factor of five.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ class Count:
 
 
 COUNTS = (
-    Count("calls", "calls of Python for select 1", {"1.5": 215, "2": 215}),
+    Count("calls", "calls of Python for select 1", {"1.5": 215, "2": 208}),
     Count("rows", "calls of Python for 1 M rows", {"1.5": 1900, "2": 1900}),
-    Count("switches", "switches of context for select 1", {"1.5": 6.5, "2": 6.5}),
+    Count("switches", "switches of context for select 1", {"1.5": 6.5, "2": 8.5}),
     # An answer that leaves something behind leaves more than one block each time.
     Count("blocks", "blocks of memory that select 1 leaves", {"1.5": 1, "2": 1}),
-    Count("modules", "modules loaded by a server", {"1.5": 415, "2": 415}),
+    Count("modules", "modules loaded by a server", {"1.5": 415, "2": 430}),
 )
 
 

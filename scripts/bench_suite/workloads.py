@@ -116,9 +116,9 @@ def _cached(server: Server, effort: Effort, _: bool) -> Sample:
         asked = load.many_at_once(server, ONE, seconds, CONNECTIONS, IN_FLIGHT, **options)
         return asked.sample()["qps"]
 
-    rate(effort.warm_up)
+    load.many_at_once(server, ONE, effort.warm_up, CONNECTIONS, IN_FLIGHT)
     run = rate(effort.window)
-    rate(effort.warm_up, persist=True)
+    load.many_at_once(server, ONE, effort.warm_up, CONNECTIONS, IN_FLIGHT, persist=True)
     hit = rate(effort.window, persist=True)
     with Connection(server.port) as connection:
         disk = changes.from_disk(connection, DISK_PAIRS)
