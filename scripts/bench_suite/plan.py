@@ -304,6 +304,7 @@ WORKLOADS = (
         ),
         in_process=False,
         published=False,
+        tables=("mixed",),
         usual=False,
     ),
 )

@@ -25,6 +25,8 @@ TOKEN = "benchmark"
 # httpfs first: without it Quack has no HTTP client, which its server asks for too.
 EXTENSIONS = ("httpfs", "quack")
 BATCH_ROWS = 100_000
+# Small answers are asked for again, as long as that takes no longer than this.
+REPEAT_SECONDS = 0.3
 
 
 def load(database: duckdb.DuckDBPyConnection, *extensions: str) -> None:
@@ -75,15 +77,23 @@ def _time(port: str) -> None:
     question = _question()
     with _remote(port) as remote:
         remote.execute("from remote.query('select 1')").fetchall()
-        rows = size = 0
-        first_rows = 0.0
-        asked = perf_counter()
-        for batch in remote.execute(question).to_arrow_reader(BATCH_ROWS):
-            first_rows = first_rows or perf_counter() - asked
-            rows += batch.num_rows
-            size += batch.nbytes
-        seconds = perf_counter() - asked
-    print(json.dumps({"rows": rows, "size": size, "first": first_rows, "seconds": seconds}))
+        until = perf_counter() + REPEAT_SECONDS
+        found = [_timed(remote, question)]
+        while perf_counter() < until:
+            found.append(_timed(remote, question))
+    found.sort(key=lambda one: one["seconds"])
+    print(json.dumps(found[len(found) // 2]))
+
+
+def _timed(remote: duckdb.DuckDBPyConnection, question: str) -> dict[str, float]:
+    rows = size = 0
+    first_rows = 0.0
+    asked = perf_counter()
+    for batch in remote.execute(question).to_arrow_reader(BATCH_ROWS):
+        first_rows = first_rows or perf_counter() - asked
+        rows += batch.num_rows
+        size += batch.nbytes
+    return {"rows": rows, "size": size, "first": first_rows, "seconds": perf_counter() - asked}
 
 
 if __name__ == "__main__":
