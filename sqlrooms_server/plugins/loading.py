@@ -7,7 +7,6 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,6 +93,9 @@ def _found(module: ModuleType, name: str, place: str) -> Any:
 
 
 def _installed(name: str) -> Any:
+    # Not at the top: few ask for it.
+    from importlib import metadata
+
     known = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
     if name not in known:
         installed = ", ".join(sorted(known)) or "none"
