@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sqlrooms_server.access import Access
+from sqlrooms_server.builtin import configured
 from sqlrooms_server.database import Database
 from sqlrooms_server.errors import ServerError, ShuttingDown, StartupError
 from sqlrooms_server.features import Feature, MessageHandler
@@ -94,7 +95,8 @@ class App:
         self.rooms: Rooms | None = None
         self.runner = Runner(settings, shared.timers, shared.post)
         host = Host(settings, self.runner, self.channels, self.connections, access.roles)
-        self.plugins = Plugins(plugins, host, self.runner)
+        host.perform, host.leave = self._perform, self._leave
+        self.plugins = Plugins([*configured(settings), *plugins], host, self.runner)
         self._kinds = self.plugins.kinds
         # Those that need no database. The others join when it is open.
         self._features: Sequence[Feature] = (self.health, self.connections, self.plugins)
@@ -127,6 +129,11 @@ class App:
     def begin(self) -> None:
         """Handle what came before the database was open."""
         self._shared.post(self._begin)
+
+    def reload(self) -> None:
+        """Read files again; those that are not right are logged, and change nothing."""
+        self.gate.reload()
+        self.plugins.reload()
 
     def drain(self) -> None:
         """No query is taken any more."""
@@ -258,9 +265,15 @@ class App:
 
     def closed(self, peer: Peer) -> None:
         self.gate.closed(peer)
+        self._leave(peer)
+        log.debug("%s left.", peer.id)
+
+    def _leave(self, peer: Peer) -> None:
         for feature in self._features:
             feature.closed(peer)
-        log.debug("%s left.", peer.id)
+
+    def _perform(self, peer: Peer, message: Message) -> None:
+        self._handlers[type(message)](peer, message)
 
     def http(self, request: HttpRequest, exchange: Exchange) -> None:
         known = (route for feature in self._features for route in feature.routes)

@@ -243,6 +243,13 @@ class Settings:
     plugin_workers: int = _setting(
         0, "Threads for functions of plugins; 0 means four for each core, at least 8."
     )
+    queries: str = _setting(
+        "",
+        "Directory of named queries, a .sql file each, which clients ask for by name.",
+    )
+    max_http_result: int = _setting(
+        32 << 20, "Largest result of a named query over HTTP.", unit="size"
+    )
     memory_limit: str = _setting(
         "", "Memory that DuckDB may use, such as 4GB; without it, four fifths of the machine's."
     )
@@ -312,6 +319,7 @@ class Settings:
             ("cache_size", 0, 1 << 50),
             ("sandbox_temp_size", 0, 1 << 50),
             ("process_memory", 0, 1 << 50),
+            ("max_http_result", 1 << 10, 1 << 30),
             ("plugin_timeout", 0, 7 * 24 * 3600),
             ("plugin_workers", 0, 1024),
             ("threads", 0, 1024),
