@@ -37,8 +37,8 @@ and the environment over the file.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns 2 when the server cannot start; else the process ends here.
 
-    ``query``, ``token`` or ``types`` as the first argument is another command, of which this returns the
-    exit status.
+    ``query``, ``token`` or ``types`` as the first argument is another command, of which this
+    returns the exit status.
     """
     if arguments is None:
         arguments = sys.argv[1:]

@@ -11,7 +11,7 @@ from sqlrooms_server.access.roles import Role
 from sqlrooms_server.builtin.query_files import NamedQuery
 from sqlrooms_server.errors import BadRequest, ServerError, TooLarge
 from sqlrooms_server.features import Route
-from sqlrooms_server.messages import Options, Query
+from sqlrooms_server.messages import Format, Options, Query
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.plugins.host import Host
 from sqlrooms_server.plugins.http import error_response
@@ -68,14 +68,12 @@ class HttpQueries:
                 # Whoever follows a link must not change anything.
                 raise BadRequest(f"The query {query.name!r} may change something; use POST.")
             params = _params_of_text(request, query) if request.method == "GET" else _body(request)
-            is_arrow = ARROW in request.headers.get("accept", "")
+            formats: tuple[Format, ...] = ("json",)
+            if ARROW in request.headers.get("accept", ""):
+                formats = ("arrow",)
             options = Options(params=params, size=len(request.query) + len(request.body))
             peer.begin()
-            self._queries.submit(
-                peer,
-                query,
-                Query("arrow", query.sql, _ID, ("arrow" if is_arrow else "json",), options),
-            )
+            self._queries.submit(peer, query, Query("arrow", query.sql, _ID, formats, options))
         except ServerError as error:
             peer.send_error(error)
 

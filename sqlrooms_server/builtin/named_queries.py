@@ -48,10 +48,9 @@ class NamedQueries(Feature):
             self._settings.queries, self.server.engine, self._settings.max_sql_length
         )
         if found.bad:
-            others = (
-                f" {len(found.bad) - 1} more files are wrong, too." if len(found.bad) > 1 else ""
-            )
-            raise StartupError(f"--queries: {next(iter(found.bad.values()))}.{others}")
+            first, *others = found.bad.values()
+            more = f" There are mistakes in {len(others)} more files." if others else ""
+            raise StartupError(f"--queries: {first}.{more}")
         for line in found.warnings.values():
             log.warning("The columns of a query are not known yet: %s.", line)
         self._queries = found.queries
@@ -67,9 +66,8 @@ class NamedQueries(Feature):
             return
         before = self._queries
         for name, line in found.bad.items():
-            log.error(
-                "A query %s. %s.", "stays as it was" if name in before else "is left out", line
-            )
+            fate = "stays as it was" if name in before else "is left out"
+            log.error("The query %s %s. %s.", name, fate, line)
         kept = {name: before[name] for name in found.bad if name in before}
         # In one step: the loop thread looks at one or the other.
         self._queries = {**found.queries, **kept}
