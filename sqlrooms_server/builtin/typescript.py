@@ -129,8 +129,7 @@ def _typed(type_: Any, plain: Callable[[Any], str]) -> str:
 
 def _union(types: Iterable[str]) -> str:
     found = list(dict.fromkeys(types))
-    text = " | ".join(found)
-    return f"({text})" if len(found) > 1 else text or "never"
+    return " | ".join(found) or "never"
 
 
 def _output(type_: Any) -> str:
@@ -151,5 +150,5 @@ def _input(type_: Any) -> str:
     if kind in _INTEGERS or kind in _FLOATS:
         return "number"
     if kind in _LARGE or kind in _TIMES:
-        return "(number | string)"
+        return "number | string"
     return "string"
