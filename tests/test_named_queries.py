@@ -79,7 +79,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("DOUBLE", [], "no number"),
     ("DOUBLE", "1 OR 1=1", "Could not convert"),
     ("DECIMAL(18,3)", "1,5", "no number"),
-    ("DECIMAL(18,3)", 1e30, "out of range"),
+    ("DECIMAL(18,3)", 1e30, "Could not convert"),
     ("ENUM('a','it''s')", "b", "none of a, it's"),
     ("DATE", "yesterday", "YYYY-MM-DD"),
     ("DATE", DAY + 1, "beginning of a day"),
@@ -109,6 +109,7 @@ WHERE region = $region AND day >= $Since ORDER BY amount DESC LIMIT $most
     "about": "SELECT $role AS role, $connection AS connection",
     "every": "-- @param n BIGINT\nSELECT range AS i, 'a\"\\' AS t FROM range($n)",
     "add": "-- @param owner VARCHAR\nINSERT INTO sales VALUES ('X', current_date, 1, $owner)",
+    "slow": "SELECT count(*) FROM range(100_000_000_000) t(i) WHERE i % 7 = 3",
     "secret": "SELECT 42 AS secret",
 }  # fmt: skip
 
@@ -220,7 +221,8 @@ def test_a_value_of_another_type_is_named(root: Wire, type_: str, value: Any, pr
     name = f"value{[one for one, _ in VALUES].index(type_)}"
     reply = ask(root, name, {"v": value})
     assert reply["code"] == "bad_request"
-    assert f"params.v must be {type_}, not {json.dumps(value)[:20]}" in reply["error"]
+    shown = json.dumps(value, separators=(",", ":"))[:20]
+    assert f"params.v must be {type_}, not {shown}" in reply["error"]
     assert problem in reply["error"]
 
 
@@ -256,7 +258,7 @@ def test_options_are_those_of_queries(root: Wire) -> None:
     assert chunk.header["rows"] == pa.ipc.open_stream(body).read_all().num_rows == 300_000
     reply = root.request(type="named", name="every", params={"n": 9}, maxRows=2, format="json")
     assert reply["truncated"] and len(json.loads(reply["data"])) == 2
-    reply = ask(root, "every", {"n": 10**10}, format="arrow", timeoutMs=50)
+    reply = ask(root, "slow", timeoutMs=50)
     assert reply["code"] == "timeout"
     assert ask(root, "every", {"n": 1}, compression="lz4", format="json")["code"] == "bad_request"
     assert ask(root, "about", session="s")[0]["role"] == "admin"

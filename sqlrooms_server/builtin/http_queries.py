@@ -196,11 +196,11 @@ class HttpPeer(Peer):
             self.send_error(TooLarge(text))
         elif is_last:
             source, self._source = self._source, None
+            message = b"".join(self._body)
             if self._is_text:
-                self._body[-1] = self._body[-1][: -len(_END)]
-                self._answer(b"".join(self._body)[len(json_prefix(_ID)) :])
+                self._answer(message[len(json_prefix(_ID)) : -len(_END)])
             else:
-                self._answer(_without_header(b"".join(self._body)), ARROW)
+                self._answer(_without_header(message), ARROW)
             if source is not None:
                 source.sent()
 
