@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -127,6 +128,8 @@ queries = ["sales/*", "mine", "add"]
 queries = ["about"]
 statements = ["select"]
 [roles.reader]
+[roles.all]
+queries = ["*"]
 """
 
 
@@ -408,6 +411,33 @@ def test_mistakes_over_http(
 ) -> None:
     found, told = fetch(server, path, token)
     assert (found, problem in told["error"]) == (status, True), told
+
+
+def test_a_client_that_leaves_ends_its_query(
+    launch: Callable[..., LocalServer], tmp_path: Path
+) -> None:
+    queries = write(tmp_path, {name: FILES[name] for name in ("slow", "secret")})
+    local = launch(queries=queries, workers=1)
+    with socket.create_connection(("127.0.0.1", local.port)) as leaving:
+        leaving.sendall(b"GET /queries/slow HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        with local.connect() as wire:
+            wire.send(type="named", name="secret", queryId=1, format="json", progress=True)
+            assert wire.receive()["state"] == "queued"
+            leaving.close()
+            while (reply := wire.receive())["type"] == "progress":
+                pass
+            assert reply["type"] == "json"
+
+
+def test_the_sandbox_holds_for_files_too(
+    launch: Callable[..., LocalServer], tmp_path: Path
+) -> None:
+    queries = write(tmp_path, {"make": "CREATE TABLE t(a INT)", "two": "SELECT 2 AS a"})
+    tokens = write_tokens(tmp_path / "tokens.toml", {"rex": "all"})
+    local = launch(queries=queries, tokens=tokens, sandbox="select")
+    with local.connect("/?token=rex") as wire:
+        assert ask(wire, "two") == [{"a": 2}]
+        assert "--sandbox" in ask(wire, "make")["error"]
 
 
 def test_queries_that_change_something_are_posted(server: LocalServer) -> None:

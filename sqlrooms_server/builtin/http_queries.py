@@ -61,7 +61,7 @@ class HttpQueries:
         exchange.respond_json(200, encode({"queries": self._queries.listed(identity.role)}))
 
     def _run(self, request: HttpRequest, exchange: Exchange, identity: Identity) -> None:
-        peer = HttpPeer(self._queries.server, exchange, identity, self._max_result)
+        peer = HttpPeer(self._queries.server, request, exchange, identity, self._max_result)
         try:
             query = self._queries.find(_name(request), identity.role)
             if request.method == "GET" and not query.only_reads:
@@ -122,8 +122,15 @@ class HttpPeer(Peer):
     __slots__ = ("_begun", "_body", "_cut_off", "_exchange", "_host", "_is_text", "_max_result",
                  "_size", "_source")  # fmt: skip
 
-    def __init__(self, host: Host, exchange: Exchange, identity: Identity, max_result: int) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        host: Host,
+        request: HttpRequest,
+        exchange: Exchange,
+        identity: Identity,
+        max_result: int,
+    ) -> None:
+        super().__init__(request)
         self.identify(identity)
         self._host = host
         self._exchange = exchange
@@ -144,6 +151,10 @@ class HttpPeer(Peer):
     @property
     def is_open(self) -> bool:
         return self._exchange.is_open
+
+    @property
+    def remote_address(self) -> str:
+        return self.request.remote_address if self.request is not None else ""
 
     @property
     def is_behind(self) -> bool:
