@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import duckdb
-import ujson
 
 from sqlrooms_server.errors import BadRequest
 
@@ -87,7 +86,7 @@ def is_nested(type_: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = ujson.dumps(value, ensure_ascii=True, escape_forward_slashes=False)
+    text = json.dumps(value, separators=(",", ":"))
     return text if len(text) <= 80 else text[:80] + "…"
 
 

@@ -88,11 +88,14 @@ def named_query(message: PluginMessage, sql: str) -> Query:
 
 
 def _with_options(query: Query, fields: dict[str, Any]) -> Query:
+    of_results = [name for name in sorted(_OPTIONS_OF_RESULTS) if fields.get(name) is not None]
+    if query.kind == "exec" and of_results:
+        raise BadRequest(f"{of_results[0]} is for results, and exec has none; use arrow or json.")
     timeout = whole_number(fields, "timeoutMs", 1, MAX_TIMEOUT_MS)
     compression: Compression | None = choice(fields, "compression", ("lz4", "zstd"), None)
     stream = flag(fields, "stream")
     window = whole_number(fields, "window", 1, 1 << 53)
-    if window is not None and not stream and query.kind != "exec":
+    if window is not None and not stream:
         raise BadRequest("window is for chunked results; add stream: true.")
     options = Options(
         timeout=None if timeout is None else timeout / 1000,
@@ -105,10 +108,7 @@ def _with_options(query: Query, fields: dict[str, Any]) -> Query:
 
 def _with(query: Query, fields: dict[str, Any], options: Options) -> Query:
     """``query`` with ``options`` and those that ``fields`` have besides."""
-    given = {name for name in _QUERY_OPTIONS if fields.get(name) is not None}
-    if query.kind == "exec" and not given.isdisjoint(_OPTIONS_OF_RESULTS):
-        field = min(given & _OPTIONS_OF_RESULTS)
-        raise BadRequest(f"{field} is for results, and exec has none; use arrow or json.")
+    given = {name for name in ("format", "session") if fields.get(name) is not None}
     params = fields.get("params")
     if params is not None and not isinstance(params, list | dict):
         raise BadRequest("params must be an array or an object.")
