@@ -17,6 +17,7 @@ from sqlrooms_server.features.channels import Channels
 from sqlrooms_server.features.chunked import Acks
 from sqlrooms_server.features.connections import Connections
 from sqlrooms_server.features.health import Health
+from sqlrooms_server.features.interception import Interception
 from sqlrooms_server.features.live import LiveQueries
 from sqlrooms_server.features.queries import Queries
 from sqlrooms_server.features.requests import Requests, as_server_error
@@ -30,6 +31,8 @@ from sqlrooms_server.jobs import Scheduler
 from sqlrooms_server.messages import Auth, Message
 from sqlrooms_server.peer import Audience, Peer
 from sqlrooms_server.plugin import Plugin
+from sqlrooms_server.plugin.chain import Chain
+from sqlrooms_server.plugin.journal import Journal
 from sqlrooms_server.plugins.feature import Plugins
 from sqlrooms_server.plugins.host import Host
 from sqlrooms_server.plugins.runner import Runner
@@ -49,6 +52,9 @@ _EARLY_ENTRY_BYTES = 200
 
 # For each step of taking a start back.
 _UNDO_SECONDS = 1.0
+
+# For plugins that are being told of queries, at least.
+_LAST_WORDS_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,8 @@ class App:
         # Messages that came before the database was open, and their bytes.
         self._early: list[tuple[Peer, Connection, bytes, bool]] = []
         self._early_bytes = 0
+        self._hooks = Chain(plugins)
+        self._journal = Journal(self._hooks.query_done, settings.plugin_backlog)
         self.gate = Gate(settings, access, self._limits, shared.timers, shared.post, self._admitted)
         self.health = Health(settings, shared.post)
         self.channels = Channels(
@@ -147,6 +155,8 @@ class App:
     def close(self, deadline: float, cache_deadline: float, *, is_quiet: bool) -> bool:
         """When the loop has ended: close the database, see :meth:`Database.close`."""
         self.channels.stop()
+        last = max(deadline - 2 * _UNDO_SECONDS, time.monotonic() + _LAST_WORDS_SECONDS)
+        self._journal.close(last)
         self.plugins.end("stopped")
         is_quiet = self.runner.close(deadline - _UNDO_SECONDS) and is_quiet
         if is_quiet:
@@ -176,7 +186,10 @@ class App:
         if database.rooms is not None:
             self.rooms = self._open_rooms()
             reader = RoomReader(self.rooms, database.rooms, self.requests)
-        cached = CachedQueries(engine, scheduler, self.requests, settings, database.cache)
+        intercepted = Interception(engine, self._hooks, self._journal, post)
+        cached = CachedQueries(
+            engine, scheduler, self.requests, settings, database.cache, intercepted
+        )
         self.health.start(engine)
         # When a client leaves, its requests end before its sessions do.
         self._features = (
@@ -189,10 +202,10 @@ class App:
             self.channels,
             self.rooms or NoRooms(),
             cached,
-            Queries(engine, self.requests, self.sessions, cached, settings, reader),
+            Queries(engine, self.requests, self.sessions, cached, settings, intercepted, reader),
             Uploads(engine, self.requests, settings),
             Watches(engine, timers, post, meta_namespace=settings.meta_namespace),
-            LiveQueries(engine, scheduler, timers, self.requests, settings),
+            LiveQueries(engine, scheduler, timers, self.requests, settings, intercepted),
         )
         for feature in self._features:
             self._handlers.update(feature.handlers)
