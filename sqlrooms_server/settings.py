@@ -243,6 +243,10 @@ class Settings:
     plugin_workers: int = _setting(
         0, "Threads for functions of plugins; 0 means four for each core, at least 8."
     )
+    plugin_backlog: int = _setting(
+        10_000,
+        "Queries that are done and of which a plugin has not been told; it misses those over it.",
+    )
     queries: str = _setting(
         "",
         "Directory of named queries, a .sql file each, which clients ask for by name.",
@@ -322,6 +326,7 @@ class Settings:
             ("max_http_result", 1 << 10, 1 << 30),
             ("plugin_timeout", 0, 7 * 24 * 3600),
             ("plugin_workers", 0, 1024),
+            ("plugin_backlog", 1, 1_000_000),
             ("threads", 0, 1024),
             ("workers", 0, 1024),
             # uWebSockets ends the process for anything outside.

@@ -20,8 +20,9 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from sqlrooms_server import StartupError, types_command
+from sqlrooms_server import Plugin, StartupError, types_command
 from sqlrooms_server.builtin.http_queries import ARROW
+from sqlrooms_server.errors import Forbidden
 from sqlrooms_server.server import Server
 from sqlrooms_server.settings import Settings
 from tests.conftest import LocalServer, ServerProcess
@@ -321,6 +322,30 @@ def test_a_role_runs_what_it_names_and_nothing_else(server: LocalServer) -> None
         # As SQL of its own, so within its rules.
         assert ask(rita, "secret") == [{"secret": 42}]
         assert ask(rita, "add", {"owner": "rita"})["code"] == "forbidden"
+
+
+def test_hooks_take_part(launch: Callable[..., LocalServer], tmp_path: Path) -> None:
+    plugin = Plugin("witness")
+    seen: list[Any] = []
+
+    @plugin.hook
+    def authorize(client: Any, action: Any) -> None:
+        seen.append(action.kind)
+        if action.kind == "named" and action.message.fields["name"] == "secret":
+            raise Forbidden("Not that one.")
+
+    @plugin.hook
+    def around_query(query: Any, run: Any) -> Any:
+        seen.append(query.params["n"]["value"])
+        return run(query)
+
+    queries = write(tmp_path, {name: FILES[name] for name in ("every", "secret")})
+    local = launch(plugin, queries=queries)
+    with local.connect() as wire:
+        assert len(ask(wire, "every", {"n": 2})) == 2
+        assert ask(wire, "secret")["error"] == "Not that one."
+    assert fetch(local, "/queries/every?n=1")[0] == 200
+    assert seen == ["named", 2, "named", "http", "1"]
 
 
 def test_the_list_describes_queries(root: Wire) -> None:
