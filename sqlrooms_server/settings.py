@@ -252,7 +252,9 @@ class Settings:
         "Directory of named queries, a .sql file each, which clients ask for by name.",
     )
     max_http_result: int = _setting(
-        32 << 20, "Largest result of a named query over HTTP.", unit="size"
+        32 << 20,
+        "Largest result of a named query over HTTP, which waits in memory until it is complete.",
+        unit="size",
     )
     memory_limit: str = _setting(
         "", "Memory that DuckDB may use, such as 4GB; without it, four fifths of the machine's."
