@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sqlrooms_server.access import Access
-from sqlrooms_server.database import Database
+from sqlrooms_server.app_config import in_app
+from sqlrooms_server.databases import Databases
+from sqlrooms_server.db.room_store import RoomStore
 from sqlrooms_server.errors import ServerError, ShuttingDown, StartupError
-from sqlrooms_server.features import Feature, MessageHandler
+from sqlrooms_server.features import Feature, MessageHandler, Route
 from sqlrooms_server.features.cached import CachedQueries
 from sqlrooms_server.features.channels import Channels
 from sqlrooms_server.features.chunked import Acks
@@ -30,6 +32,7 @@ from sqlrooms_server.jobs import Scheduler
 from sqlrooms_server.messages import Auth, Message
 from sqlrooms_server.peer import Audience, Peer
 from sqlrooms_server.plugin import Plugin
+from sqlrooms_server.plugin.chain import Chain
 from sqlrooms_server.plugins.feature import Plugins
 from sqlrooms_server.plugins.host import Host
 from sqlrooms_server.plugins.runner import Runner
@@ -66,8 +69,10 @@ class Shared:
 class App:
     """What stands behind one path of the server.
 
-    ``open`` opens the database, ``close`` closes it. Other methods are called by the server, on
-    the loop thread if nothing else is said.
+    ``open`` opens the database, ``close`` ends all but the database. Other methods are called by
+    the server, on the loop thread if nothing else is said.
+
+    ``name`` and ``path`` are empty for the server itself.
     """
 
     def __init__(
@@ -76,8 +81,13 @@ class App:
         access: Access,
         shared: Shared,
         plugins: Sequence[Plugin] = (),
+        *,
+        name: str = "",
+        path: str = "",
     ) -> None:
-        self._settings = settings
+        self.settings = self._settings = settings
+        self.name = name
+        self.path = path
         self._shared = shared
         self._limits = Limits(settings.max_message_size, settings.max_sql_length)
         self._handlers: dict[type, MessageHandler] = {}
@@ -93,17 +103,26 @@ class App:
         self.connections = Connections(shared.post, self.channels.channels_of)
         self.rooms: Rooms | None = None
         self.runner = Runner(settings, shared.timers, shared.post)
-        host = Host(settings, self.runner, self.channels, self.connections, access.roles)
+        host = Host(
+            settings, self.runner, self.channels, self.connections, access.roles, name, path
+        )
+        self._room_store: RoomStore | None = None
+        chain = Chain(plugins)
+        self._rewrites_results = bool(chain.prepare_cursor or chain.around_query)
         self.plugins = Plugins(plugins, host, self.runner)
         self._kinds = self.plugins.kinds
         # Those that need no database. The others join when it is open.
         self._features: Sequence[Feature] = (self.health, self.connections, self.plugins)
 
-    def open(self, scheduler: Scheduler) -> contextlib.ExitStack:
-        """Open the database, from the thread that starts; what undoes that.
+    def open(self, scheduler: Scheduler, databases: Databases) -> contextlib.ExitStack:
+        """Open the database, from the thread that starts; what undoes all but that.
 
         Raises ``StartupError``.
         """
+        with in_app(self.name):
+            return self._open(scheduler, databases)
+
+    def _open(self, scheduler: Scheduler, databases: Databases) -> contextlib.ExitStack:
         if self._settings.sync and not is_available():
             raise StartupError(
                 "--sync needs the package loro, which is not installed: "
@@ -113,14 +132,13 @@ class App:
             undo.callback(lambda: self.runner.close(time.monotonic() + _UNDO_SECONDS))
             undo.callback(self.plugins.end, "stopped")
             self.plugins.begin()
-            self.database = Database(self._settings)
-            undo.callback(
-                lambda: self.database.close(time.monotonic() + _UNDO_SECONDS, 0.0, is_quiet=False)
-            )
+            self.database = databases.open(self.name)
+            if self._settings.sync:
+                self._room_store = databases.open_rooms(self.name)
             undo.callback(
                 lambda: self.close_rooms(time.monotonic(), time.monotonic() + _UNDO_SECONDS)
             )
-            self._join_features(scheduler)
+            self._join_features(scheduler, databases.is_shared(self.name))
             self.plugins.open(self.database.engine, self.requests, self._settings)
             return undo.pop_all()
 
@@ -137,23 +155,27 @@ class App:
         """End the processes of documents, and close their file."""
         if self.rooms is not None:
             self.rooms.pool.close(stopped_by)
-        self.database.close_rooms(closed_by)
+        if self._room_store is not None and not self._room_store.close(closed_by):
+            log.warning("The file of the rooms was not closed in time; nothing acked is lost.")
 
     def abandon(self) -> None:
         """Answer what is left, whether it ended or not."""
         reason = ShuttingDown("The server is shutting down.")
         self._shared.post(self.requests.abandon, reason)
 
-    def close(self, deadline: float, cache_deadline: float, *, is_quiet: bool) -> bool:
-        """When the loop has ended: close the database, see :meth:`Database.close`."""
+    def close(self, deadline: float, *, is_quiet: bool) -> bool:
+        """When the loop has ended, and before the database is closed; whether all is quiet.
+
+        ``is_quiet`` tells that no query runs any more.
+        """
         self.channels.stop()
         self.plugins.end("stopped")
         is_quiet = self.runner.close(deadline - _UNDO_SECONDS) and is_quiet
         if is_quiet:
             self.sessions.close_all()
-        return self.database.close(deadline, cache_deadline, is_quiet=is_quiet)
+        return is_quiet
 
-    def _join_features(self, scheduler: Scheduler) -> None:
+    def _join_features(self, scheduler: Scheduler, is_shared: bool) -> None:
         settings, post, timers = self._settings, self._shared.post, self._shared.timers
         database, engine = self.database, self.database.engine
         self.requests = Requests(
@@ -173,10 +195,12 @@ class App:
             max_sessions=settings.max_sessions,
         )
         reader = None
-        if database.rooms is not None:
-            self.rooms = self._open_rooms()
-            reader = RoomReader(self.rooms, database.rooms, self.requests)
-        cached = CachedQueries(engine, scheduler, self.requests, settings, database.cache)
+        if self._room_store is not None:
+            self.rooms = self._open_rooms(self._room_store)
+            reader = RoomReader(self.rooms, self._room_store, self.requests)
+        # What plugins make of results is not for those of another app.
+        cache = None if is_shared and self._rewrites_results else database.cache
+        cached = CachedQueries(engine, scheduler, self.requests, settings, cache)
         self.health.start(engine)
         # When a client leaves, its requests end before its sessions do.
         self._features = (
@@ -197,9 +221,8 @@ class App:
         for feature in self._features:
             self._handlers.update(feature.handlers)
 
-    def _open_rooms(self) -> Rooms:
-        settings, store = self._settings, self.database.rooms
-        assert store is not None
+    def _open_rooms(self, store: RoomStore) -> Rooms:
+        settings = self._settings
         limits = RoomLimits(
             max_size=settings.max_room_size,
             memory=settings.room_memory,
@@ -262,9 +285,13 @@ class App:
             feature.closed(peer)
         log.debug("%s left.", peer.id)
 
+    @property
+    def routes(self) -> list[Route]:
+        """The HTTP requests that it answers. From any thread; more are there once it is open."""
+        return [route for feature in self._features for route in feature.routes]
+
     def http(self, request: HttpRequest, exchange: Exchange) -> None:
-        known = (route for feature in self._features for route in feature.routes)
-        routes = [route for route in known if _is_below(request.path, route.path)]
+        routes = [route for route in self.routes if _is_below(request.path, route.path)]
         allowed = [route for route in routes if route.method == request.method]
         if not routes:
             exchange.respond(404, b"not found")

@@ -14,6 +14,8 @@ LAYERS = [
     ["query_command"],
     ["errors"],
     ["settings"],
+    ["app_config"],
+    ["configuration"],
     ["messages"],
     ["protocol"],
     ["timers"],
@@ -34,6 +36,9 @@ LAYERS = [
     ["plugins"],
     ["token_command"],
     ["database"],
+    ["together"],
+    ["databases"],
+    ["mounts"],
     ["app"],
     ["server"],
     ["cli"],
@@ -53,7 +58,7 @@ OWNERS = {
     "pyarrow": {"db/", "client/", "query_command/"},
     "websockets": {"client/"},
     "ujson": {"protocol/", "db/json_rows.py", "db/plans.py", "client/"},
-    "tomllib": {"settings.py"},
+    "tomllib": {"configuration.py"},
 }
 
 

@@ -44,7 +44,7 @@ class Plugins(Feature):
     """A feature. ``kinds`` are the types of messages that plugins have. Raises ``StartupError``."""
 
     def __init__(self, plugins: Sequence[Plugin], host: Host, runner: Runner) -> None:
-        self._plugins = plugins
+        self._plugins = self.all = plugins
         self._host = host
         self._runner = runner
         self._calls: Calls | None = None
