@@ -106,7 +106,7 @@ class App:
         host = Host(
             settings, self.runner, self.channels, self.connections, access.roles, name, path
         )
-        self._room_store: RoomStore | None = None
+        self.room_store: RoomStore | None = None
         chain = Chain(plugins)
         self._rewrites_results = bool(chain.prepare_cursor or chain.around_query)
         self.plugins = Plugins(plugins, host, self.runner)
@@ -134,7 +134,7 @@ class App:
             self.plugins.begin()
             self.database = databases.open(self.name)
             if self._settings.sync:
-                self._room_store = databases.open_rooms(self.name)
+                self.room_store = databases.open_rooms(self.name)
             undo.callback(
                 lambda: self.close_rooms(time.monotonic(), time.monotonic() + _UNDO_SECONDS)
             )
@@ -155,7 +155,7 @@ class App:
         """End the processes of documents, and close their file."""
         if self.rooms is not None:
             self.rooms.pool.close(stopped_by)
-        if self._room_store is not None and not self._room_store.close(closed_by):
+        if self.room_store is not None and not self.room_store.close(closed_by):
             log.warning("The file of the rooms was not closed in time; nothing acked is lost.")
 
     def abandon(self) -> None:
@@ -195,9 +195,9 @@ class App:
             max_sessions=settings.max_sessions,
         )
         reader = None
-        if self._room_store is not None:
-            self.rooms = self._open_rooms(self._room_store)
-            reader = RoomReader(self.rooms, self._room_store, self.requests)
+        if self.room_store is not None:
+            self.rooms = self._open_rooms(self.room_store)
+            reader = RoomReader(self.rooms, self.room_store, self.requests)
         # What plugins make of results is not for those of another app.
         cache = None if is_shared and self._rewrites_results else database.cache
         cached = CachedQueries(engine, scheduler, self.requests, settings, cache)

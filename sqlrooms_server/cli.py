@@ -159,10 +159,8 @@ def _serve(configuration: Configuration) -> NoReturn:
     signals.started()
     # What lives now lives as long as the process; the collector need not visit it again.
     gc.freeze()
-    print(
-        _welcome(settings, port, {app.path: app.settings for app in server.apps.values()}),
-        flush=True,
-    )
+    own = {app.path: app.settings for app in server.apps.values()}
+    print(_welcome(settings, port, own), flush=True)
     while signals.asks_to_reload():
         server.reload()
     signals.last()

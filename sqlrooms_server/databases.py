@@ -106,10 +106,8 @@ class Databases:
 
     def _check_equal(self, app: str, first: str) -> None:
         mine, theirs = self._apps[app], self._apps[first]
-        names = SETTINGS_OF_A_DATABASE
-        if mine.temp_directory:
-            names = (*names, "temp_directory")
-        for name in names:
+        own = ("temp_directory",) if mine.temp_directory else ()
+        for name in (*SETTINGS_OF_A_DATABASE, *own):
             if getattr(mine, name) != getattr(theirs, name):
                 raise StartupError(
                     f"App {app!r} and {_called(first)} share the database {mine.db_path}, so that "
@@ -119,8 +117,10 @@ class Databases:
 
 
 def _apart(apps: Mapping[str, Settings], first: Mapping[str, str]) -> dict[str, Settings]:
-    """``apps``, each database with a directory of its own to spill to: two databases in one take each
-    other's files, and DuckDB 1.5 ends the process then."""
+    """``apps``, each database with a directory of its own to spill to.
+
+    Two databases in one take each other's files, and DuckDB 1.5 ends the process then.
+    """
     found = dict(apps)
     if len(apps) > 1:
         (_, server), *_ = apps.items()

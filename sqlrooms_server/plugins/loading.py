@@ -25,7 +25,9 @@ def load(
 ) -> list[Plugin]:
     """The plugins at ``places``, in that order, and those ``given``. Raises ``StartupError``.
 
-    ``options`` are what each is told, by its name. A place is ``module:Name``, the path of a file, ``path.py`` or ``path.py:Name``, or the name of
+    ``options`` are what each is told, by its name.
+
+    A place is ``module:Name``, the path of a file, ``path.py`` or ``path.py:Name``, or the name of
     an entry point. ``Name`` is a plugin, or a class of one; of a file without it, the only one that
     is defined there.
     """
