@@ -11,13 +11,17 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlrooms_server import __version__
 from sqlrooms_server.configuration import Configuration, load
 from sqlrooms_server.errors import StartupError
 from sqlrooms_server.settings import Settings, environment_variable, fields, flag, parse
+
+if TYPE_CHECKING:
+    from sqlrooms_server.app import App
+    from sqlrooms_server.server import Server
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Windows has none.
@@ -159,8 +163,7 @@ def _serve(configuration: Configuration) -> NoReturn:
     signals.started()
     # What lives now lives as long as the process; the collector need not visit it again.
     gc.freeze()
-    own = {app.path: app.settings for app in server.apps.values()}
-    print(_welcome(settings, port, own), flush=True)
+    print(_welcome(settings, port, server), flush=True)
     while signals.asks_to_reload():
         server.reload()
     signals.last()
@@ -225,8 +228,7 @@ class _Signals:
             os._exit(128 + number)
 
 
-def _welcome(settings: Settings, port: int, apps: Mapping[str, Settings]) -> str:
-    """``apps`` are their settings, by their paths."""
+def _welcome(settings: Settings, port: int, server: Server) -> str:
     from sqlrooms_server.db import room_files
     from sqlrooms_server.db.cursor import DUCKDB_VERSION
     from sqlrooms_server.transport.addresses import is_loopback
@@ -238,8 +240,8 @@ def _welcome(settings: Settings, port: int, apps: Mapping[str, Settings]) -> str
     def database(of: Settings) -> str:
         return of.db_path + (", read-only" if of.read_only else "")
 
-    def access(of: Settings) -> str:
-        if of.auth_token or of.tokens:
+    def access(app: App) -> str:
+        if app.gate.needs_token:
             return "token required"
         if settings.unix_socket or is_loopback(settings.host):
             return "pages and programs of this machine"
@@ -259,9 +261,9 @@ def _welcome(settings: Settings, port: int, apps: Mapping[str, Settings]) -> str
     if settings.sync:
         where = room_files.place(settings.db_path, settings.meta_db, settings.rooms_db)
         lines.append(f"  rooms     {where}")
-    lines.append(f"  access    {access(settings)}")
-    for path, app in apps.items():
-        lines.append(f"  app       {address}{path}: {database(app)}; {access(app)}")
+    lines.append(f"  access    {access(server.main)}")
+    for app in server.apps.values():
+        lines.append(f"  app       {address}{app.path}: {database(app.settings)}; {access(app)}")
     lines += [
         f"  health    {health}",
         "",

@@ -55,10 +55,6 @@ class Databases:
             self._open[first] = Database(settings, others)
         return self._open[first]
 
-    def is_shared(self, app: str) -> bool:
-        """Whether another app has the same database."""
-        return sum(first == self._first[app] for first in self._first.values()) > 1
-
     def open_rooms(self, app: str) -> RoomStore:
         """The rooms of ``app``, whose database is open. Raises ``StartupError``."""
         settings, database = self._apps[app], self.open(app)

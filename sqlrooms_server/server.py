@@ -121,6 +121,8 @@ class Server:
         self._apps = [self.main, *self.apps.values()]
         self._mounts = Mounts(self.main, {app.path: app for app in self.apps.values()})
         self._check_apps(apps)
+        if any(app.reads_all_headers for app in self._apps):
+            self._transport.read_all_headers()
 
     @property
     def channels(self) -> Channels:

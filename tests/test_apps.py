@@ -358,20 +358,6 @@ def test_apps_that_name_one_file_share_it(start: Callable[..., Local], tmp_path:
     assert names >= {"my.rooms.duckdb", "link.a.rooms.duckdb", "my.b.rooms.duckdb"}
 
 
-def test_what_plugins_make_of_a_shared_table_is_not_kept(
-    start: Callable[..., Local], tmp_path: Path
-) -> None:
-    class Near(Plugin):
-        shares_results = True
-
-        def prepare_cursor(self, cursor: Any, client: Any) -> None: ...
-
-    path = str(tmp_path / "my.duckdb")
-    local = start(AppConfig("a", {"db_path": path}, plugins=[Near()]), db_path=path)
-    with local.connect("/a") as a:
-        assert a.request(type="cacheStats")["enabled"] is False
-
-
 DIFFERENT: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"db_path": "m"}, {"db_path": "m", "sandbox": "select"}, "'a' and .* share .* --sandbox"),
     ({"db_path": "m", "max_result_rows": 5}, {"db_path": "m", "max_result_rows": 6}, "--max-re"),

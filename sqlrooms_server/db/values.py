@@ -5,14 +5,14 @@ That is pyarrow, pandas, polars, and relations of DuckDB.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from sqlrooms_server.db.cursor import Result
+from sqlrooms_server.db.cursor import Cursor, Result
 from sqlrooms_server.db.engine import Engine
 
 _NAME = "__sqlrooms_value"
@@ -33,12 +33,19 @@ def reader_of(value: Any) -> pa.RecordBatchReader:
 
 
 @contextmanager
-def opened(engine: Engine, value: Any, formats: tuple[str, ...] = ("arrow",)) -> Iterator[Result]:
+def opened(
+    engine: Engine,
+    value: Any,
+    formats: tuple[str, ...] = ("arrow",),
+    began: Callable[[Cursor], None] = lambda cursor: None,
+) -> Iterator[Result]:
     """The rows of ``value`` as a result of DuckDB, which gives every client what it understands.
 
-    Raises ``QueryError`` for types that DuckDB does not have.
+    ``began`` is told of the cursor that reads them, to interrupt it. Raises ``QueryError`` for
+    types that DuckDB does not have.
     """
     with engine.cursor() as cursor:
+        began(cursor)
         cursor.native.register(_NAME, reader_of(value))
         result = cursor.run(f"SELECT * FROM {_NAME}", None, formats)
         assert result is not None
@@ -49,4 +56,4 @@ def table_of(result: Result | None) -> pa.Table:
     """All rows of ``result``; of none, a table without columns."""
     if result is None:
         return pa.table({})
-    return pa.Table.from_batches(list(result.batches), result.reader.schema)
+    return result.table()
