@@ -449,6 +449,68 @@ def test_databases_spill_apart(start: Callable[..., Local], tmp_path: Path) -> N
     assert found[3].startswith(str(tmp_path / "all" / "sqlrooms-temp-"))
 
 
+def test_a_database_without_a_file_spills_apart_too(local: Local) -> None:
+    for name in ("a", "b"):
+        with local.server.apps[name].database.engine.cursor() as cursor:
+            asked = cursor.native.execute("select current_setting('temp_directory')")
+            assert asked.fetchall() == [(f".tmp-{name}",)]
+
+
+# Start and stop.
+
+
+class Witness(Plugin):
+    """Tells what happens, and whether the database is open then."""
+
+    def __init__(self, told: list[Any]) -> None:
+        super().__init__("witness")
+        self.told = told
+
+    def tell(self, phase: str) -> None:
+        self.told.append((phase, self.server.app, self.server.query("select 1").num_rows))
+
+    def started(self) -> None:
+        self.tell("started")
+
+    def stopping(self) -> None:
+        self.tell("stopping")
+
+    def stopped(self) -> None:
+        self.tell("stopped")
+
+
+def test_all_apps_stop_before_any_database_is_closed(tmp_path: Path) -> None:
+    told: list[Any] = []
+    path = str(tmp_path / "m")
+    apps = [
+        AppConfig("a", {"db_path": path}, plugins=[Witness(told)]),
+        AppConfig("b", plugins=[Witness(told)]),
+    ]
+    local = Local(*apps, plugins=[Witness(told)], db_path=path)
+    assert local.server.stop()
+    phases = [phase for phase, _, _ in told]
+    assert phases == 3 * ["started"] + 3 * ["stopping"] + 3 * ["stopped"]
+    assert [app for _, app, _ in told[:3]] == ["", "a", "b"]
+    assert {rows for _, _, rows in told} == {1}
+    duckdb.connect(path).close()
+
+
+def test_a_start_that_fails_at_the_second_app_is_taken_back(tmp_path: Path) -> None:
+    told: list[Any] = []
+    first, second = str(tmp_path / "m"), str(tmp_path / "s")
+    Path(second).write_text("no database" * 1000)
+    apps = [
+        AppConfig("a", {"sync": True}, plugins=[Witness(told)]),
+        AppConfig("b", {"db_path": second}),
+    ]
+    threads = threading.active_count()
+    with pytest.raises(StartupError, match=r"^App 'b': .*/s is not a DuckDB database"):
+        Local(*apps, plugins=[Witness(told)], db_path=first)
+    assert [phase for phase, _, _ in told] == ["started", "started", "stopped", "stopped"]
+    assert threading.active_count() <= threads
+    duckdb.connect(first).close()
+
+
 # Settings.
 
 
