@@ -14,6 +14,8 @@ LAYERS = [
     ["query_command"],
     ["errors"],
     ["settings"],
+    ["app_config"],
+    ["configuration"],
     ["messages"],
     ["protocol"],
     ["timers"],
@@ -36,6 +38,9 @@ LAYERS = [
     ["token_command"],
     ["types_command"],
     ["database"],
+    ["together"],
+    ["databases"],
+    ["mounts"],
     ["app"],
     ["server"],
     ["cli"],
@@ -55,7 +60,7 @@ OWNERS = {
     "pyarrow": {"db/", "client/", "query_command/"},
     "websockets": {"client/"},
     "ujson": {"protocol/", "db/json_rows.py", "db/plans.py", "client/"},
-    "tomllib": {"settings.py"},
+    "tomllib": {"configuration.py"},
 }
 
 

@@ -17,9 +17,9 @@ from typing import Any
 from sqlrooms_server.access.key_files import read_key_file
 from sqlrooms_server.access.roles import ADMIN, Identity, Names, Role, is_user_name
 from sqlrooms_server.access.signed import SignedTokens, open_signed_tokens
+from sqlrooms_server.configuration import parse_toml
 from sqlrooms_server.db.policy import KINDS, Policy
 from sqlrooms_server.errors import StartupError
-from sqlrooms_server.settings import parse_toml
 
 HASH_PREFIX = "sha256:"
 _HASH = re.compile(rf"{HASH_PREFIX}[0-9a-f]{{64}}")

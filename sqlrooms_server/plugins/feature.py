@@ -53,7 +53,7 @@ class Plugins(Feature):
         runner: Runner,
         prepare: Callable[[Cursor, Client], None],
     ) -> None:
-        self._plugins = plugins
+        self._plugins = self.all = plugins
         self._host = host
         self._runner = runner
         self._prepare = prepare

@@ -32,8 +32,13 @@ class Host:
         channels: Channels,
         connections: Connections,
         roles: Callable[[], Mapping[str, Role]],
+        app: str = "",
+        path: str = "",
     ) -> None:
         self.settings = settings
+        # The name of the app, and what its paths begin with; both empty for the server itself.
+        self.app = app
+        self.path = path
         self.channels = channels
         self.connections = connections
         self._runner = runner
