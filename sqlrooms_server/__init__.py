@@ -9,11 +9,12 @@ from sqlrooms_server.errors import ServerError, StartupError
 from sqlrooms_server.settings import Settings
 
 if TYPE_CHECKING:
-    from sqlrooms_server.plugin import Plugin, Response, on, route
+    from sqlrooms_server.plugin import ObjectType, Plugin, Response, on, route
     from sqlrooms_server.server import Server
 
 __version__ = "0.2.0.dev0"
 __all__ = [
+    "ObjectType",
     "Plugin",
     "Response",
     "Server",
@@ -27,6 +28,7 @@ __all__ = [
 
 # They load DuckDB and the WebSocket library, which the client needs neither of.
 _LATER = {
+    "ObjectType": "plugin",
     "Plugin": "plugin",
     "Response": "plugin",
     "Server": "server",
