@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlrooms_server.access import Access
 from sqlrooms_server.app import App, Shared
@@ -19,6 +20,7 @@ from sqlrooms_server.memory import MemoryGuard
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.plugin import Plugin
 from sqlrooms_server.plugins.loading import load
+from sqlrooms_server.plugins.objects import Objects
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.timers import Timers
 from sqlrooms_server.transport import (
@@ -99,6 +101,14 @@ class Server:
     @property
     def connections(self) -> Connections:
         return self.main.connections
+
+    @property
+    def objects(self) -> Objects:
+        return self.main.objects
+
+    def publish(self, name: str, obj: Any, **options: Any) -> None:
+        """Let clients use ``obj`` under ``name``, see :meth:`Objects.publish`."""
+        self.objects.publish(name, obj, **options)
 
     @property
     def rooms(self) -> Rooms | None:

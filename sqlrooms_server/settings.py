@@ -243,6 +243,14 @@ class Settings:
     plugin_workers: int = _setting(
         0, "Threads for functions of plugins; 0 means four for each core, at least 8."
     )
+    max_object_streams: int = _setting(
+        64, "Objects of plugins that one connection may have open (object-open)."
+    )
+    max_object_references: int = _setting(
+        1000,
+        "References to tables and other objects that one connection may hold; each keeps its "
+        "object in memory.",
+    )
     memory_limit: str = _setting(
         "", "Memory that DuckDB may use, such as 4GB; without it, four fifths of the machine's."
     )
@@ -314,6 +322,8 @@ class Settings:
             ("process_memory", 0, 1 << 50),
             ("plugin_timeout", 0, 7 * 24 * 3600),
             ("plugin_workers", 0, 1024),
+            ("max_object_streams", 1, 1_000_000),
+            ("max_object_references", 1, 10_000_000),
             ("threads", 0, 1024),
             ("workers", 0, 1024),
             # uWebSockets ends the process for anything outside.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -12,6 +12,7 @@ from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.features.channels import Channels
 from sqlrooms_server.features.connections import Connections
 from sqlrooms_server.messages import Params
+from sqlrooms_server.plugins.objects import Objects
 from sqlrooms_server.plugins.runner import Runner
 from sqlrooms_server.protocol import encode_value
 from sqlrooms_server.settings import Settings
@@ -29,11 +30,13 @@ class Host:
         runner: Runner,
         channels: Channels,
         connections: Connections,
+        objects: Objects,
         roles: Callable[[], Mapping[str, Role]],
     ) -> None:
         self.settings = settings
         self.channels = channels
         self.connections = connections
+        self.objects = objects
         self._runner = runner
         self._roles = roles
         self._engine: Engine | None = None
@@ -66,6 +69,25 @@ class Host:
     ) -> None:
         """Send a JSON object with a ``type`` to all connections of ``user``, to one, or to all."""
         self._runner.post(self.connections.send, encode_value(message), user, connection)
+
+    def publish(
+        self,
+        name: str,
+        obj: Any,
+        *,
+        users: Iterable[str] | None = None,
+        roles: Iterable[str] | None = None,
+    ) -> None:
+        """Let clients use ``obj`` under ``name``, see :meth:`Objects.publish`."""
+        self.objects.publish(name, obj, users=users, roles=roles)
+
+    def unpublish(self, name: str) -> bool:
+        """Take back what was published as ``name``; False when nothing was."""
+        return self.objects.unpublish(name)
+
+    def relation(self, sql: str, params: Params | None = None) -> values.Relation:
+        """What ``sql`` returns, to be published, see :meth:`Objects.relation`."""
+        return self.objects.relation(sql, params)
 
     def create_task(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         """Run ``coroutine`` on the loop of asyncio, until it ends or the server stops."""

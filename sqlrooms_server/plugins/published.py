@@ -63,7 +63,7 @@ class Published:
         ``TypeError`` for what are no users or roles."""
         if not isinstance(name, str) or _NAME.fullmatch(name) is None:
             raise ValueError(
-                f"The name of an object has 1 to 255 characters, and no control characters: {name!r}"
+                f"The name of an object has 1 to 255 characters, no control characters: {name!r}."
             )
         users, roles = _names("users", users), _names("roles", roles)
         with self._lock:
@@ -90,6 +90,7 @@ class Published:
 def _names(what: str, given: Any) -> frozenset[str] | None:
     if given is None:
         return None
-    if isinstance(given, str) or not all(isinstance(name, str) for name in given):
+    # Not the empty name, which everybody has who shares a token.
+    if isinstance(given, str) or not all(isinstance(name, str) and name for name in given):
         raise TypeError(f"{what} must be a list of names, not {given!r}.")
     return frozenset(given)
