@@ -104,6 +104,7 @@ class OpenObject(Request):
         self._connection: Any = None
         self._must_close = False
         self._was_closed = False
+        self._is_hurried = False
 
     def open(self, handle: Any) -> None:
         """Let the plugin make the connection."""
@@ -194,6 +195,7 @@ class OpenObject(Request):
     def _made(self, _: Any, error: ServerError | None) -> None:
         self._has_ended()
         if self.state is State.ENDED:
+            self._close_connection()
             return
         if error is not None:
             self.fail(error)
@@ -284,7 +286,7 @@ class OpenObject(Request):
                 return
         elif running is not None:
             is_async = inspect.iscoroutinefunction(self._connection.on_data)
-            if is_async or at_once:
+            if is_async or at_once or self._is_hurried:
                 # Comes back here, by way of _handled.
                 running.stop(self._ended())
             else:
@@ -302,6 +304,12 @@ class OpenObject(Request):
             on_close,
             then=self._closed,
         )
+
+    def hurry(self) -> None:
+        """The server stops: when this has ended, ``on_close`` waits for nothing."""
+        self._is_hurried = True
+        if self.state is State.ENDED:
+            self._close_connection()
 
     def _call_on_close(self, on_close: Callable[[], Any]) -> Any:
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 from sqlrooms_server.db import values
 from sqlrooms_server.db.engine import Engine
@@ -56,6 +57,8 @@ class Objects(Feature):
         self._published = Published()
         self._watches = ObjectWatches(self._published, runner.timers, runner.post)
         self._holders: dict[Peer, _Holder] = {}
+        # Those too that have ended, as long as something of them runs.
+        self._streams: WeakSet[OpenObject] = WeakSet()
         self._engine: Engine | None = None
 
     def open(self, engine: Engine, requests: Requests) -> None:
@@ -114,6 +117,13 @@ class Objects(Feature):
             "object-ack": self._of_stream(self._ack),
             "object-close": self._of_stream(lambda stream, message: stream.close_by_client()),
         }
+
+    def stopping(self) -> None:
+        self._runner.post(self._hurry)
+
+    def _hurry(self) -> None:
+        for stream in list(self._streams):
+            stream.hurry()
 
     def closed(self, peer: Peer) -> None:
         self._watches.discard(peer)
@@ -189,6 +199,7 @@ class Objects(Feature):
         )
         if self._requests.register(stream):
             holder.streams.add(stream)
+            self._streams.add(stream)
             client = Client(peer, runner.post)
             resolve = self._types.resolve
             stream.open(Handle(client, stream, outgoing, holder.tickets, resolve, runner.post))
