@@ -761,7 +761,7 @@ def test_who_may_use_which_objects(launch: Launch, tmp_path: Path) -> None:
             publish("shown", TABLE, roles=["reader", "narrow", "mute"])
             added = wire.receive()["added"]
             told = [one["name"] for one in added]
-            assert ("hidden" in told) == (user == "al") and "shown" in told or user == "al"
+            assert (("hidden" in told) == (user == "al") and "shown" in told) or user == "al"
             local.server.objects.unpublish("hidden")
             local.server.objects.unpublish("shown")
 

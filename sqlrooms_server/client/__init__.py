@@ -6,8 +6,10 @@ with connect("ws://localhost:4000") as db:
 
 from sqlrooms_server.client.aio import AsyncClient, connect_async
 from sqlrooms_server.client.aio_feeds import AsyncLive, AsyncSubscription, AsyncWatch
+from sqlrooms_server.client.aio_objects import AsyncOpenObject
 from sqlrooms_server.client.aio_results import AsyncResult, AsyncSession
 from sqlrooms_server.client.errors import ConnectionLost, QueryTimeout, RequestFailed, SessionEnded
+from sqlrooms_server.client.objects import Fetched, ObjectMessage, Reference
 from sqlrooms_server.client.replies import (
     CacheStats,
     Change,
@@ -18,17 +20,20 @@ from sqlrooms_server.client.replies import (
     MemberList,
     Message,
     Missed,
+    ObjectInfo,
     Progress,
     Summary,
 )
 from sqlrooms_server.client.results import RowList
 from sqlrooms_server.client.sync import Client, connect
 from sqlrooms_server.client.sync_feeds import Live, Subscription, Watch
+from sqlrooms_server.client.sync_objects import OpenObject
 from sqlrooms_server.client.sync_results import Result, Session
 
 __all__ = [
     "AsyncClient",
     "AsyncLive",
+    "AsyncOpenObject",
     "AsyncResult",
     "AsyncSession",
     "AsyncSubscription",
@@ -37,6 +42,7 @@ __all__ = [
     "Change",
     "Client",
     "ConnectionLost",
+    "Fetched",
     "Heard",
     "Joined",
     "Left",
@@ -45,8 +51,12 @@ __all__ = [
     "MemberList",
     "Message",
     "Missed",
+    "ObjectInfo",
+    "ObjectMessage",
+    "OpenObject",
     "Progress",
     "QueryTimeout",
+    "Reference",
     "RequestFailed",
     "Result",
     "RowList",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import queue
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from sqlrooms_server.client.messages import Key
-from sqlrooms_server.client.replies import Change, Chunk, Reply
+from sqlrooms_server.client.replies import Change, Chunk, ObjectAck, ObjectData, Opened, Reply
 
 
 class Inbox(Protocol):
@@ -57,6 +57,25 @@ class FeedExchange(Exchange):
         last = merged(unread[-1], reply) if unread else None
         for item in [*unread, reply] if last is None else [*unread[:-1], last]:
             self.inbox.put_nowait(item)
+
+
+@dataclass(slots=True, eq=False)
+class ObjectExchange(Exchange):
+    """An object that is open. ``acks`` is for who sends to it, the inbox for who reads."""
+
+    acks: Exchange = field(kw_only=True)
+
+    def deliver(self, reply: Reply) -> None:
+        if isinstance(reply, ObjectAck):
+            self.acks.deliver(reply)
+        elif isinstance(reply, ObjectData | Opened):
+            Exchange.deliver(self, reply)
+        else:
+            self.finish(reply)
+
+    def finish(self, reply: Reply) -> None:
+        Exchange.finish(self, reply)
+        self.acks.finish(reply)
 
 
 def merged(unread: Reply, reply: Reply) -> Reply | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sqlrooms_server.client.channels import Channels, Hearing
-from sqlrooms_server.client.exchanges import Exchange, FeedExchange, Inbox
+from sqlrooms_server.client.exchanges import Exchange, FeedExchange, Inbox, ObjectExchange
 from sqlrooms_server.client.messages import (
     CACHE_STATS,
     CHANGES,
@@ -24,11 +24,15 @@ from sqlrooms_server.client.replies import (
     Chunk,
     Consumed,
     Done,
+    Event,
     Failed,
     Joined,
     Left,
     Lost,
     Message,
+    ObjectAck,
+    ObjectData,
+    Opened,
     Progress,
     Reply,
     Watching,
@@ -39,6 +43,9 @@ from sqlrooms_server.client.replies import (
 _MAYBE_WITHOUT_ID = (CACHE_STATS, WATCH)
 # An error says which id it is about, and not which kind.
 _KINDS = (*_MAYBE_WITHOUT_ID, SUBSCRIBE, NOTIFY, MEMBERS)
+
+# What is not the last reply to a request.
+_NOT_FINAL = (Progress, Consumed, Event, Opened, ObjectData, ObjectAck)
 
 
 class Link:
@@ -77,6 +84,13 @@ class Link:
         self.channels.add(hearing)
         self._enter(hearing)
         return hearing
+
+    def open_object(self, query_id: Id) -> ObjectExchange:
+        """Begin to wait for messages of an object."""
+        key = ("query", query_id)
+        exchange = ObjectExchange(key, self._new_inbox(), acks=Exchange(key, self._new_inbox()))
+        self._enter(exchange)
+        return exchange
 
     def _enter(self, exchange: Exchange) -> Exchange:
         key = exchange.key
@@ -119,7 +133,7 @@ class Link:
             return
         key = self._addressee(key, reply)
         exchange = self._exchanges.get(key)
-        is_final = not isinstance(reply, Progress | Consumed)
+        is_final = not isinstance(reply, _NOT_FINAL)
         if isinstance(reply, Chunk):
             is_final = reply.is_last
         if exchange is not None and exchange.is_feed:
