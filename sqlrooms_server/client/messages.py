@@ -203,7 +203,7 @@ def _object_bytes(kind: type[ObjectBytes]) -> Callable[..., tuple[Key, Reply]]:
             for one in fields["references"]
         )
         # Windows count whole messages.
-        return _query(fields), kind(bytes(body), references, len(body.obj))
+        return _query(fields), kind(bytes(body), references, memoryview(body.obj).nbytes)
 
     return decode
 
