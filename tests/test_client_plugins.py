@@ -211,7 +211,9 @@ def test_an_open_object_is_talked_to(db: Client) -> None:
         with pytest.raises(TimeoutError):
             stream.receive(0.01)
         stream.send(b"give")
-        _, (reference,) = stream.receive(DEADLINE) or (b"", [None])
+        message = stream.receive(DEADLINE)
+        assert message is not None
+        (reference,) = message.references
         assert isinstance(reference, Reference) and reference.can_fetch
         stream.send(b"end")
         assert list(stream) == []

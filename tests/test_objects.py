@@ -261,7 +261,7 @@ def test_tables_are_fetched_as_arrow(
 ) -> None:
     if kind == "pandas":
         pytest.importorskip("pandas")
-    made = {
+    made: dict[str, Callable[[], Any]] = {
         "table": lambda: TABLE,
         "batch": lambda: TABLE.to_batches()[0],
         "pandas": lambda: import_module("pandas").DataFrame({"a": [1, 2, 3]}),
@@ -270,8 +270,8 @@ def test_tables_are_fetched_as_arrow(
         "relation": lambda: local.server.objects.relation(
             "select unnest($1) as a", [{"$type": "INTEGER[]", "value": "[1, 2, 3]"}]
         ),
-    }[kind]()
-    publish("t", made)
+    }
+    publish("t", made[kind]())
     for _ in range(2):
         reply = fetched(wire, "t", stream=chunked, compression="zstd")
         assert reply.header["type"] == "arrow" and reply.header["queryId"] == "f"

@@ -13,7 +13,7 @@ from sqlrooms_server.jobs import Work
 from sqlrooms_server.messages import PluginMessage
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.plugins.calls import Calls, PromptRequest, Reply, send_rows
-from sqlrooms_server.plugins.object_streams import Lanes
+from sqlrooms_server.plugins.object_lanes import Lanes
 from sqlrooms_server.plugins.object_types import BUILT_IN, Target, Types
 from sqlrooms_server.plugins.runner import Runner
 from sqlrooms_server.plugins.tickets import Tickets

@@ -19,14 +19,14 @@ import inspect
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from sqlrooms_server.errors import Busy, Cancelled, ServerError, ShuttingDown
 from sqlrooms_server.features.requests import Request, Requests
-from sqlrooms_server.jobs import Lane
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.plugin.chain import failure
+from sqlrooms_server.plugins.object_lanes import Lanes
 from sqlrooms_server.plugins.object_types import Target
 from sqlrooms_server.plugins.outgoing import Outgoing
 from sqlrooms_server.plugins.runner import Runner, Running
@@ -47,20 +47,6 @@ class State(enum.Enum):
     OPEN = "open"
     CLOSING = "closing"
     ENDED = "ended"
-
-
-class Lanes:
-    """What one connection may hold up: threads, coroutines, and tables that it reads slowly."""
-
-    def __init__(self) -> None:
-        self.functions = Lane(4)
-        self.coroutines = Lane(256)
-        self.tables = Lane(32)
-
-    def of(self, function: Callable[..., Any]) -> Lane:
-        """Where to call ``function``."""
-        is_async = inspect.iscoroutinefunction(function)
-        return self.coroutines if is_async else self.functions
 
 
 class OpenObject(Request):
@@ -345,49 +331,3 @@ class OpenObject(Request):
     @staticmethod
     def _ended() -> ServerError:
         return Cancelled("The stream of the object has ended.")
-
-
-class Handle:
-    """A stream as plugins see it, see :class:`plugin.objects.ObjectStream`. From any thread."""
-
-    def __init__(
-        self,
-        client: Any,
-        stream: OpenObject,
-        outgoing: Outgoing,
-        tickets: Tickets,
-        resolve: Callable[[Any], Target],
-        post: Callable[..., None],
-    ) -> None:
-        self.client = client
-        self._stream = stream
-        self._outgoing = outgoing
-        self._tickets = tickets
-        self._resolve = resolve
-        self._post = post
-
-    @property
-    def is_open(self) -> bool:
-        return not self._outgoing.has_ended
-
-    @property
-    def waiting_bytes(self) -> int:
-        return self._outgoing.waiting
-
-    def send(self, payload: bytes | str, references: Sequence[Any] = ()) -> None:
-        data = payload.encode() if isinstance(payload, str) else bytes(payload)
-        targets = [self._resolve(obj) for obj in references]
-        if not self.is_open:
-            return
-        told = self._tickets.add(targets, self._stream) if targets else []
-        if self._stream.answered:
-            # It ended meanwhile, and released those from before.
-            self.release()
-        self._outgoing.put(self._stream.query_id, data, told)
-
-    def release(self) -> None:
-        self._tickets.release_of(self._stream)
-
-    def close(self) -> None:
-        self._outgoing.end()
-        self._post(self._stream.close)

@@ -16,7 +16,9 @@ from sqlrooms_server.messages import Params, PluginMessage
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.plugin import Client, Plugin
 from sqlrooms_server.plugins.object_fetches import Fetches
-from sqlrooms_server.plugins.object_streams import Handle, Lanes, OpenObject
+from sqlrooms_server.plugins.object_handles import Handle
+from sqlrooms_server.plugins.object_lanes import Lanes
+from sqlrooms_server.plugins.object_streams import OpenObject
 from sqlrooms_server.plugins.object_types import BUILT_IN, Target, Types
 from sqlrooms_server.plugins.object_watches import ObjectWatches, listed
 from sqlrooms_server.plugins.outgoing import Outgoing, Waiting
