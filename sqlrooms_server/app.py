@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sqlrooms_server.access import Access
+from sqlrooms_server.access import Access, Identity
 from sqlrooms_server.database import Database
-from sqlrooms_server.errors import ServerError, ShuttingDown, StartupError
-from sqlrooms_server.features import Feature, MessageHandler
+from sqlrooms_server.errors import Busy, ServerError, ShuttingDown, StartupError
+from sqlrooms_server.features import Feature, MessageHandler, Route
 from sqlrooms_server.features.cached import CachedQueries
 from sqlrooms_server.features.channels import Channels
 from sqlrooms_server.features.chunked import Acks
 from sqlrooms_server.features.connections import Connections
 from sqlrooms_server.features.health import Health
+from sqlrooms_server.features.interception import Interception
 from sqlrooms_server.features.live import LiveQueries
 from sqlrooms_server.features.queries import Queries
 from sqlrooms_server.features.requests import Requests, as_server_error
@@ -27,14 +28,19 @@ from sqlrooms_server.features.uploads import Uploads
 from sqlrooms_server.features.watches import Watches
 from sqlrooms_server.gate import Gate
 from sqlrooms_server.jobs import Scheduler
-from sqlrooms_server.messages import Auth, Message
+from sqlrooms_server.messages import Auth, Cancel, Message, UploadChunk
 from sqlrooms_server.peer import Audience, Peer
 from sqlrooms_server.plugin import Plugin
+from sqlrooms_server.plugin.chain import Chain
+from sqlrooms_server.plugin.journal import Journal
+from sqlrooms_server.plugins.authenticating import Authenticator
+from sqlrooms_server.plugins.authorizing import Authorizer
 from sqlrooms_server.plugins.feature import Plugins
 from sqlrooms_server.plugins.host import Host
+from sqlrooms_server.plugins.http import error_response
 from sqlrooms_server.plugins.objects import Objects
 from sqlrooms_server.plugins.runner import Runner
-from sqlrooms_server.protocol import Limits, decode
+from sqlrooms_server.protocol import Limits, decode, encode
 from sqlrooms_server.rooms.child import is_available
 from sqlrooms_server.rooms.keeping import RoomLimits
 from sqlrooms_server.rooms.pool import Pool
@@ -50,6 +56,9 @@ _EARLY_ENTRY_BYTES = 200
 
 # For each step of taking a start back.
 _UNDO_SECONDS = 1.0
+
+# For plugins that are being told of queries, at least.
+_LAST_WORDS_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,21 +93,35 @@ class App:
         self._handlers: dict[type, MessageHandler] = {}
         self._is_ready = False
         # Messages that came before the database was open, and their bytes.
-        self._early: list[tuple[Peer, Connection, bytes, bool]] = []
+        self._early: list[tuple[Peer, bytes, bool]] = []
         self._early_bytes = 0
-        self.gate = Gate(settings, access, self._limits, shared.timers, shared.post, self._admitted)
+        self._hooks = Chain(plugins)
+        self._journal = Journal(self._hooks.query_done, settings.plugin_backlog)
+        self.runner = Runner(settings, shared.timers, shared.post)
+        self._authenticator = Authenticator(self._hooks.authenticate, self.runner)
+        self.gate = Gate(
+            *(settings, access, self._limits, shared.timers, shared.post, self._admitted),
+            *(self._authenticator, self._hear),
+        )
+        # None without a plugin that is asked, so that nothing else is asked then.
+        self._authorizer: Authorizer | None = None
+        if self._hooks.authorize:
+            self._authorizer = Authorizer(
+                self._hooks.authorize, self.runner, settings, self._carry_out, self._refuse
+            )
+        # Nobody but plugins looks at most of them.
+        self.reads_all_headers = bool(self._authenticator)
         self.health = Health(settings, shared.post)
         self.channels = Channels(
             settings, shared.timers, shared.post, lambda: Audience(shared.new_topic())
         )
         self.connections = Connections(shared.post, self.channels.channels_of)
         self.rooms: Rooms | None = None
-        self.runner = Runner(settings, shared.timers, shared.post)
         self.objects = Objects(settings, self.runner, plugins)
         host = Host(
             settings, self.runner, self.channels, self.connections, self.objects, access.roles
         )
-        self.plugins = Plugins([*plugins, self.objects], host, self.runner)
+        self.plugins = Plugins([*plugins, self.objects], host, self.runner, self._hooks.prepare)
         self._kinds = self.plugins.kinds
         # Those that need no database. The others join when it is open.
         self._features: Sequence[Feature] = (self.health, self.connections, self.plugins)
@@ -147,11 +170,15 @@ class App:
     def abandon(self) -> None:
         """Answer what is left, whether it ended or not."""
         reason = ShuttingDown("The server is shutting down.")
+        if self._authorizer is not None:
+            self._shared.post(self._authorizer.abandon, reason)
         self._shared.post(self.requests.abandon, reason)
 
     def close(self, deadline: float, cache_deadline: float, *, is_quiet: bool) -> bool:
         """When the loop has ended: close the database, see :meth:`Database.close`."""
         self.channels.stop()
+        last = max(deadline - 2 * _UNDO_SECONDS, time.monotonic() + _LAST_WORDS_SECONDS)
+        self._journal.close(last)
         self.plugins.end("stopped")
         is_quiet = self.runner.close(deadline - _UNDO_SECONDS) and is_quiet
         if is_quiet:
@@ -181,7 +208,12 @@ class App:
         if database.rooms is not None:
             self.rooms = self._open_rooms()
             reader = RoomReader(self.rooms, database.rooms, self.requests)
-        cached = CachedQueries(engine, scheduler, self.requests, settings, database.cache)
+        self.interception = Interception(engine, self._hooks, self._journal, post)
+        taking_part = self.interception
+        cached = CachedQueries(
+            engine, scheduler, self.requests, settings, database.cache, taking_part
+        )
+        self.uploads = Uploads(engine, self.requests, settings)
         self.health.start(engine)
         # When a client leaves, its requests end before its sessions do.
         self._features = (
@@ -194,10 +226,10 @@ class App:
             self.channels,
             self.rooms or NoRooms(),
             cached,
-            Queries(engine, self.requests, self.sessions, cached, settings, reader),
-            Uploads(engine, self.requests, settings),
+            Queries(engine, self.requests, self.sessions, cached, settings, taking_part, reader),
+            self.uploads,
             Watches(engine, timers, post, meta_namespace=settings.meta_namespace),
-            LiveQueries(engine, scheduler, timers, self.requests, settings),
+            LiveQueries(engine, scheduler, timers, self.requests, settings, taking_part),
         )
         for feature in self._features:
             self._handlers.update(feature.handlers)
@@ -220,10 +252,11 @@ class App:
     def _begin(self) -> None:
         self._is_ready = True
         self.plugins.admit()
+        self._authenticator.open()
         early, self._early = self._early, []
-        for peer, connection, data, is_text in early:
-            if connection.is_open:
-                self.message(peer, connection, data, is_text)
+        for peer, data, is_text in early:
+            if peer.is_open:
+                self._hear(peer, data, is_text)
 
     # What the server hands on from the transport.
 
@@ -240,20 +273,40 @@ class App:
             feature.opened(peer)
 
     def message(self, peer: Peer, connection: Connection, data: bytes, is_text: bool) -> None:
+        self._hear(peer, data, is_text)
+
+    def _hear(self, peer: Peer, data: bytes, is_text: bool) -> None:
         if peer.identity is None:
             # Needs no database, and they have little time.
             self.gate.message(peer, data, is_text)
             return
         if not self._is_ready:
-            self._keep_early(peer, connection, data, is_text)
+            self._keep_early(peer, data, is_text)
             return
         try:
             message = decode(data, is_text=is_text, limits=self._limits, kinds=self._kinds)
         except ServerError as error:
             self.requests.reject(peer, error)
             return
+        if isinstance(message, Auth):
+            self.gate.authenticate(peer, message)
+            return
+        if peer.role.request_rate:
+            try:
+                self.gate.check_rate(peer, message)
+            except Busy as error:
+                peer.send_error(error)
+                self.interception.refused(peer, message, error)
+                return
+        if self._authorizer is None:
+            self._carry_out(peer, message)
+        elif not (isinstance(message, Cancel) and self._cancel_early(peer, message)):
+            self._authorizer.take(peer, message, len(data))
+
+    def _carry_out(self, peer: Peer, message: Message) -> None:
+        """Handle ``message``, which ``peer`` may send."""
         try:
-            self._handle(peer, message)
+            self._handlers[type(message)](peer, message)
         except ServerError as error:
             peer.send_error(error)
         except Exception as error:  # top guard of a message: its sender waits for an answer
@@ -261,8 +314,31 @@ class App:
             told.query_id = getattr(message, "query_id", None)
             peer.send_error(told)
 
+    def _refuse(self, peer: Peer, message: Message, error: ServerError, goes_on: bool) -> None:
+        """Answer ``message`` with ``error``, before anything of it began. When it ``goes_on``,
+        more of it will come, which is ignored."""
+        told = type(error)(str(error), getattr(message, "query_id", None))
+        told.channel = getattr(message, "channel", None)
+        told.room = getattr(message, "room", None)
+        if goes_on and isinstance(message, UploadChunk):
+            self.uploads.refused(peer, message)
+        peer.send_error(told)
+        self.interception.refused(peer, message, told)
+
+    def _cancel_early(self, peer: Peer, cancel: Cancel) -> bool:
+        """Cancel what waits to be allowed; False when there is nothing of that id."""
+        assert self._authorizer is not None
+        if self.requests.find(peer, cancel.query_id) is not None:
+            return False
+        if not self._authorizer.cancel(peer, cancel.query_id):
+            return False
+        peer.send(encode({"type": "cancelAck", "queryId": cancel.query_id, "cancelled": True}))
+        return True
+
     def closed(self, peer: Peer) -> None:
         self.gate.closed(peer)
+        if self._authorizer is not None:
+            self._authorizer.closed(peer)
         for feature in self._features:
             feature.closed(peer)
         log.debug("%s left.", peer.id)
@@ -279,27 +355,55 @@ class App:
         elif allowed[0].is_public:
             allowed[0].answer(request, exchange, self.gate.known(request))
         else:
-            found = self.gate.identity_of(request)
-            if isinstance(found, Refusal):
-                exchange.respond(found.status, found.text.encode())
-            else:
-                allowed[0].answer(request, exchange, found)
+            self.gate.identify(
+                request, lambda found: self._answer(allowed[0], request, exchange, found)
+            )
 
-    def _keep_early(self, peer: Peer, connection: Connection, data: bytes, is_text: bool) -> None:
+    def _answer(
+        self,
+        route: Route,
+        request: HttpRequest,
+        exchange: Exchange,
+        found: Identity | Refusal,
+    ) -> None:
+        """Answer ``request`` of somebody who was ``found``, if that one may ask it."""
+        if isinstance(found, Refusal):
+            exchange.respond(found.status, found.text.encode())
+            return
+        if self._authorizer is None:
+            _answer_with(route, request, exchange, found)
+            return
+        if not self._is_ready:
+            # Plugins have not started.
+            exchange.respond(503, b"the server is starting")
+            return
+
+        def then(error: ServerError | None) -> None:
+            if error is None:
+                _answer_with(route, request, exchange, found)
+            else:
+                refused = error_response(error)
+                exchange.respond(refused.status, refused.body, refused.content_type)
+
+        self._authorizer.http(request, found, then)
+
+    def _keep_early(self, peer: Peer, data: bytes, is_text: bool) -> None:
         size = len(data) + _EARLY_ENTRY_BYTES
         if self._early_bytes + size > self._settings.max_queued_bytes:
-            connection.abort()
+            peer.abort()
             return
         self._early_bytes += size
-        self._early.append((peer, connection, data, is_text))
+        self._early.append((peer, data, is_text))
 
-    def _handle(self, peer: Peer, message: Message) -> None:
-        if isinstance(message, Auth):
-            self.gate.authenticate(peer, message)
-        else:
-            if peer.role.request_rate:
-                self.gate.check_rate(peer, message)
-            self._handlers[type(message)](peer, message)
+
+def _answer_with(
+    route: Route, request: HttpRequest, exchange: Exchange, identity: Identity
+) -> None:
+    try:
+        route.answer(request, exchange, identity)
+    except Exception:  # loop-callback guard: an exchange that is never answered ends the process
+        log.exception("An HTTP request failed.")
+        exchange.respond(500, b"internal error")
 
 
 def _is_below(path: str, place: str) -> bool:

@@ -155,7 +155,7 @@ def _serve(settings: Settings) -> NoReturn:
     signals.started()
     # What lives now lives as long as the process; the collector need not visit it again.
     gc.freeze()
-    print(_welcome(settings, port), flush=True)
+    print(_welcome(settings, port, needs_token=server.needs_token), flush=True)
     while signals.asks_to_reload():
         server.reload()
     signals.last()
@@ -220,7 +220,7 @@ class _Signals:
             os._exit(128 + number)
 
 
-def _welcome(settings: Settings, port: int) -> str:
+def _welcome(settings: Settings, port: int, *, needs_token: bool) -> str:
     from sqlrooms_server.db import room_files
     from sqlrooms_server.db.cursor import DUCKDB_VERSION
     from sqlrooms_server.transport.addresses import is_loopback
@@ -229,7 +229,7 @@ def _welcome(settings: Settings, port: int) -> str:
     if host == "127.0.0.1":
         host = "localhost"
     mode = ", read-only" if settings.read_only else ""
-    if settings.auth_token or settings.tokens:
+    if needs_token:
         access = "token required"
     elif settings.unix_socket or is_loopback(settings.host):
         access = "pages and programs of this machine"

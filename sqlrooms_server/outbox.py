@@ -36,6 +36,8 @@ class Outbox:
         self._lock = threading.Lock()
         self._chunks: deque[Chunk] = deque()
         self._size = 0
+        # Of all chunks.
+        self.put_bytes = 0
         self._rest: memoryview | None = None
         self._begun = False
         self._full = False
@@ -50,6 +52,7 @@ class Outbox:
                 return False
             self._chunks.append(chunk)
             self._size += len(chunk)
+            self.put_bytes += len(chunk)
             self._full = self._size >= HIGH_BYTES
             wake = self._starving
             self._starving = False

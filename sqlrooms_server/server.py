@@ -93,6 +93,13 @@ class Server:
         shared = Shared(self._transport.post, self._transport.topic, self._timers)
         self.main = App(settings, access, shared, [*load(settings.plugin), *plugins])
         self._apps = [self.main]
+        if any(app.reads_all_headers for app in self._apps):
+            self._transport.read_all_headers()
+
+    @property
+    def needs_token(self) -> bool:
+        """Whether nobody may come of whom it is not known who that is."""
+        return all(app.gate.needs_token for app in self._apps)
 
     @property
     def channels(self) -> Channels:
@@ -183,7 +190,7 @@ class Server:
         host = self.settings.host
         if self.settings.unix_socket or is_loopback(host):
             return
-        if not all(app.gate.needs_token for app in self._apps):
+        if not self.needs_token:
             if not self.settings.insecure_no_auth:
                 raise StartupError(
                     f"--host {host} can be reached from other machines, so a token is needed: set "

@@ -243,6 +243,10 @@ class Settings:
     plugin_workers: int = _setting(
         0, "Threads for functions of plugins; 0 means four for each core, at least 8."
     )
+    plugin_backlog: int = _setting(
+        10_000,
+        "Queries that are done and of which a plugin has not been told; it misses those over it.",
+    )
     max_object_streams: int = _setting(
         64, "Objects of plugins that one connection may have open (object-open)."
     )
@@ -322,6 +326,7 @@ class Settings:
             ("process_memory", 0, 1 << 50),
             ("plugin_timeout", 0, 7 * 24 * 3600),
             ("plugin_workers", 0, 1024),
+            ("plugin_backlog", 1, 1_000_000),
             ("max_object_streams", 1, 1_000_000),
             ("max_object_references", 1, 10_000_000),
             ("threads", 0, 1024),

@@ -6,7 +6,7 @@ That is pyarrow, pandas, polars, and relations of DuckDB.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from sqlrooms_server.db.cursor import Result
+from sqlrooms_server.db.cursor import Cursor, Result
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.messages import Params
 
@@ -38,12 +38,19 @@ def reader_of(value: Any) -> pa.RecordBatchReader:
 
 
 @contextmanager
-def opened(engine: Engine, value: Any, formats: tuple[str, ...] = ("arrow",)) -> Iterator[Result]:
+def opened(
+    engine: Engine,
+    value: Any,
+    formats: tuple[str, ...] = ("arrow",),
+    began: Callable[[Cursor], None] = lambda cursor: None,
+) -> Iterator[Result]:
     """The rows of ``value`` as a result of DuckDB, which gives every client what it understands.
 
-    Raises ``QueryError`` for types that DuckDB does not have.
+    ``began`` is told of the cursor that reads them, to interrupt it. Raises ``QueryError`` for
+    types that DuckDB does not have.
     """
     with engine.cursor() as cursor:
+        began(cursor)
         cursor.native.register(_NAME, reader_of(value))
         result = cursor.run(f"SELECT * FROM {_NAME}", None, formats)
         assert result is not None
@@ -54,7 +61,7 @@ def table_of(result: Result | None) -> pa.Table:
     """All rows of ``result``; of none, a table without columns."""
     if result is None:
         return pa.table({})
-    return pa.Table.from_batches(list(result.batches), result.reader.schema)
+    return result.table()
 
 
 @dataclass(frozen=True, slots=True)

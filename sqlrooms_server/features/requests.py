@@ -92,6 +92,11 @@ class Request:
         self.is_text = True
         self.answered = False
         self.on_answered: Callable[[], None] | None = None
+        # The same, for whoever only looks on.
+        self.on_told: Callable[[], None] | None = None
+        # What the client was told, if not its result; and the rows of that, where somebody counts.
+        self.error: ServerError | None = None
+        self.rows: int | None = None
         self.job: Job | None = None
         # The run that answers it together with others.
         self.shared_run: SharedRun | None = None
@@ -118,6 +123,11 @@ class Request:
         """Set the whole reply, one message."""
         self._reply = message
         self.is_text = is_text
+
+    @property
+    def reply_size(self) -> int:
+        """The bytes of the reply so far."""
+        return len(self._reply) if self._outbox is None else self._outbox.put_bytes
 
     def interrupt(self) -> None:
         """Cut short what the worker does. From any thread."""
@@ -161,7 +171,8 @@ class Request:
         text = str(error)
         if self.cursor is not None and not isinstance(error, QueryError):
             text += self.cursor.aftermath
-        self.peer.send_error(type(error)(text, self.query_id))
+        self.error = type(error)(text, self.query_id)
+        self.peer.send_error(self.error)
         self._answered()
 
     def limit(self, seconds: float, name: str) -> None:
@@ -249,6 +260,8 @@ class Request:
         self._requests.forget(self)
         if self.on_answered is not None:
             self.on_answered()
+        if self.on_told is not None:
+            self.on_told()
 
 
 class Requests(Feature):

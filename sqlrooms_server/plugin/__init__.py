@@ -65,9 +65,10 @@ class Plugin(Hooks):
 
     # Whether everything is called on the thread of the sockets instead, and never blocks it.
     on_loop: ClassVar[bool] = False
-    # Whether what ``prepare_cursor`` and ``around_query`` do is the same for everybody who may run
-    # the same SQL. Otherwise results are neither cached nor shared while this plugin has one.
-    shares_results: bool = False
+    # Whether ``prepare_cursor`` and ``around_query`` leave results as they are, as what takes times
+    # or tries again does. While another plugin has one of them, results are neither kept nor
+    # shared, since they may depend on who asks.
+    is_transparent: bool = False
 
     name: str = ""
     server: Any = None

@@ -38,7 +38,13 @@ class Call:
     """
 
     def __init__(
-        self, message: PluginMessage, client: Client, engine: Engine, policy: Policy, runner: Runner
+        self,
+        message: PluginMessage,
+        client: Client,
+        engine: Engine,
+        policy: Policy,
+        runner: Runner,
+        prepare: Callable[[Cursor, Client], None],
     ) -> None:
         self.kind = message.kind
         self.query_id: QueryId = message.query_id
@@ -48,6 +54,7 @@ class Call:
         self._engine = engine
         self._policy = policy
         self._runner = runner
+        self._prepare = prepare
         self._lock = threading.Lock()
         self._cursors: set[Cursor] = set()
         self._is_cancelled = False
@@ -65,8 +72,9 @@ class Call:
     def query(self, sql: str, params: Params | None = None) -> Any:
         """The result of ``sql`` as a ``pyarrow.Table``, as the client itself may ask it.
 
-        Raises ``QueryError``, ``Forbidden``, or ``Cancelled``. It waits for DuckDB, so a coroutine
-        calls ``await asyncio.to_thread(call.query, …)``.
+        On a cursor that ``prepare_cursor`` has set up, but past ``around_query``: it is no query of
+        the client. Raises ``QueryError``, ``Forbidden``, or ``Cancelled``. It waits for DuckDB, so
+        a coroutine calls ``await asyncio.to_thread(call.query, …)``.
         """
         self._runner.must_not_block("call.query")
         with self._cursor() as cursor:
@@ -92,6 +100,7 @@ class Call:
                 self._cursors.add(cursor)
             try:
                 self.check()
+                self._prepare(cursor, self.client)
                 yield cursor
             finally:
                 with self._lock:
@@ -124,12 +133,18 @@ class Calls:
     """Hands messages to functions of plugins, and sends what they return. For the loop thread."""
 
     def __init__(
-        self, engine: Engine, requests: Requests, runner: Runner, settings: Settings
+        self,
+        engine: Engine,
+        requests: Requests,
+        runner: Runner,
+        settings: Settings,
+        prepare: Callable[[Cursor, Client], None],
     ) -> None:
         self._engine = engine
         self._requests = requests
         self._runner = runner
         self._settings = settings
+        self._prepare = prepare
         self._lanes: dict[Peer, tuple[Lane, Lane]] = {}
 
     def closed(self, peer: Peer) -> None:
@@ -141,7 +156,7 @@ class Calls:
         """Answer ``message`` of ``peer`` with what ``function`` returns."""
         client = Client(peer, self._runner.post)
         policy = self._engine.bounded(peer.role.sql)
-        call = Call(message, client, self._engine, policy, self._runner)
+        call = Call(message, client, self._engine, policy, self._runner, self._prepare)
         request = self.request(peer, message)
         request.on_stop = call.cancel
         lanes = self._lanes.setdefault(peer, (Lane(_MAX_FUNCTIONS), Lane(_MAX_COROUTINES)))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.errors import ServerError, StartupError
 from sqlrooms_server.features import Feature, MessageHandler, Route
@@ -43,10 +44,17 @@ class _Guest:
 class Plugins(Feature):
     """A feature. ``kinds`` are the types of messages that plugins have. Raises ``StartupError``."""
 
-    def __init__(self, plugins: Sequence[Plugin], host: Host, runner: Runner) -> None:
+    def __init__(
+        self,
+        plugins: Sequence[Plugin],
+        host: Host,
+        runner: Runner,
+        prepare: Callable[[Cursor, Client], None],
+    ) -> None:
         self._plugins = plugins
         self._host = host
         self._runner = runner
+        self._prepare = prepare
         self._calls: Calls | None = None
         self._is_open = False
         self._guests: dict[Peer, _Guest] = {}
@@ -99,7 +107,7 @@ class Plugins(Feature):
         self._host.start(engine)
         for plugin in self._plugins:
             self._phase(plugin, "started")
-        self._calls = Calls(engine, requests, self._runner, settings)
+        self._calls = Calls(engine, requests, self._runner, settings, self._prepare)
 
     def end(self, phase: str) -> None:
         """Tell those that have begun that the server stops, or has stopped: the last one first."""

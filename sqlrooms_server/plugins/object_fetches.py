@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlrooms_server.db import values
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.errors import BadRequest
 from sqlrooms_server.features.limits import Bounds, bound_rows, bounds_of, deadline
@@ -32,7 +33,8 @@ class Fetches:
         self._runner = runner
         self._settings = settings
         self._types = types
-        self._calls = Calls(engine, requests, runner, settings)
+        # What is fetched is what was published, whoever asks: no cursor is set up for a client.
+        self._calls = Calls(engine, requests, runner, settings, lambda cursor, client: None)
 
     def begin(
         self,
@@ -98,7 +100,11 @@ class Fetches:
         if isinstance(reply.table, values.Relation):
             yield from self._relation(request, message, reply.table, bounds)
         elif reply.table is not None:
-            with values.opened(self._engine, reply.table) as result:
+
+            def began(cursor: Cursor) -> None:
+                request.on_stop = cursor.interrupt
+
+            with values.opened(self._engine, reply.table, began=began) as result:
                 bound_rows(result, message.options, bounds)
                 yield from send_rows(request, message, result)
         else:

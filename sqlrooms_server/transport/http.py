@@ -59,6 +59,8 @@ class RequestReader:
         self._proxies = proxies or Proxies()
         self._proxy_headers = frozenset(name.lower() for name in proxy_headers)
         self._looked_at = self._proxies.headers | self._proxy_headers
+        # Whether requests have all headers, but for those that only a trusted proxy may send.
+        self.reads_all = False
 
     def peer(self, res: Any) -> str:
         """The address at the other end of the socket, normalised; empty when that is gone."""
@@ -84,6 +86,8 @@ class RequestReader:
             length = native.lib.uws_req_get_header(req, name, len(name), target)
             if length:
                 headers[name.decode()] = text(length)
+        if self.reads_all:
+            self._add_others(req, headers)
         method = text(native.lib.uws_req_get_method(req, target)).upper()
         url = text(native.lib.uws_req_get_full_url(req, target))
         client = self._client(self.peer(res), req, headers)
@@ -98,6 +102,13 @@ class RequestReader:
             scheme=client.scheme or ("https" if self._tls else "http"),
             forwarded_host=client.host,
         )
+
+    def _add_others(self, req: Any, headers: dict[str, str]) -> None:
+        lines: dict[str, list[str]] = {}
+        for name, value in native.request_headers(req):
+            if name not in headers and name not in self._looked_at:
+                lines.setdefault(name, []).append(value)
+        headers.update((name, ", ".join(values)) for name, values in lines.items())
 
     def _client(self, peer: str, req: Any, headers: dict[str, str]) -> Client:
         if not self.is_trusted(peer):

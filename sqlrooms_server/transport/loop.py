@@ -146,6 +146,10 @@ class Transport:
         """Those that are open. For the loop thread."""
         return list(self._connections.values())
 
+    def read_all_headers(self) -> None:
+        """Let requests have all of their headers. Before :meth:`start`."""
+        self._reader.reads_all = True
+
     def topic(self) -> Topic:
         """A new topic, which nobody hears. For the loop thread."""
         return self._topics.topic()
