@@ -16,7 +16,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from sqlrooms_server import ObjectType, Plugin, StartupError
+from sqlrooms_server import Forbidden, ObjectType, Plugin, StartupError
 from sqlrooms_server.plugins.object_streams import WINDOW_BYTES
 from sqlrooms_server.server import Server
 from sqlrooms_server.settings import Settings
@@ -801,3 +801,26 @@ def test_nothing_is_left_behind(local: LocalServer, publish: Callable[..., Any])
         eventually(lambda note=note: len(note.closed) == len(note.streams))  # type: ignore[misc]
     objects = local.server.objects
     eventually(lambda: not objects._holders and not objects._watches._told)
+
+
+def test_plugins_are_asked_about_objects_but_not_each_message(launch: Launch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    class Guard(Plugin):
+        def authorize(self, client: Any, action: Any) -> None:
+            asked.append((action.kind, action.resource))
+            if action.resource == "secret":
+                raise Forbidden("Not that one.")
+
+    local = launch(Notes(), Guard())
+    local.server.publish("open", Note())
+    local.server.publish("secret", Note())
+    with local.connect() as wire:
+        assert open_object(wire, "secret")["code"] == "forbidden"
+        open_object(wire, "open")
+        for _ in range(3):
+            say(wire, b"hi")
+            assert data(wire).body == b"HI"
+        wire.send(type="object-close", queryId="s")
+        assert data(wire)["type"] == "object-closed"
+    assert asked == [("object-open", "secret"), ("object-open", "open")]
