@@ -32,7 +32,8 @@ class Action:
     ``kind`` is the type of its message (``arrow``, ``json``, ``exec``, ``live``, ``uploadArrow``,
     ``subscribe``, ``notify``, ``crdt-join``, that of a plugin, …), or ``http``. ``resource`` is
     what it is about: the SQL, the name of the table, channel, room or object; of HTTP,
-    ``GET /path``. ``message`` is the decoded message, of :mod:`sqlrooms_server.messages`, if there is one.
+    ``GET /path``. ``message`` is the decoded message, of :mod:`sqlrooms_server.messages`, if there
+    is one.
     """
 
     kind: str
