@@ -261,11 +261,38 @@ def test_a_lost_connection_ends_what_is_open(db: Client, local: LocalServer) -> 
     assert len(db.objects()) == 3
 
 
+def test_a_watch_tells_what_is_published_and_goes_on(db: Client, local: LocalServer) -> None:
+    always = ["large", "shelf", "table"]
+    with db.watch_objects() as watch:
+        assert [one.name for one in watch.next(DEADLINE)] == always
+        with pytest.raises(RuntimeError, match="already"):
+            db.watch_objects()
+        local.server.publish("b", TABLE)
+        assert [one.name for one in watch.next(DEADLINE)] == ["b", *always]
+        # What nobody reads is told as one.
+        for number in range(100):
+            local.server.publish("b", TABLE if number % 2 else Shelf())
+        local.server.publish("a", TABLE)
+        local.server.objects.unpublish("b")
+        while (found := [one.name for one in watch.next(DEADLINE)]) != ["a", *always]:
+            assert set(found) <= {"a", "b", *always}
+        assert db.connection_id is not None
+        local.server.connections.close(db.connection_id)
+        assert [one.name for one in watch.next(DEADLINE)] == ["a", *always]
+        local.server.objects.unpublish("a")
+        assert [one.name for one in watch.next(DEADLINE)] == always
+    local.server.publish("c", TABLE)
+    assert len(db.objects()) == 4
+    local.server.objects.unpublish("c")
+
+
 def test_asyncio_does_the_same(local: LocalServer) -> None:
     async def run() -> None:
         async with connect_async(local.url) as db:
             assert (await db.call("greet", name="Ada"))["text"] == "Hello Ada"
             assert [one.name for one in await db.objects()] == ["large", "shelf", "table"]
+            async with db.watch_objects() as watch:
+                assert len(await watch.next(DEADLINE)) == 3
             table = await db.fetch("table")
             assert isinstance(table, AsyncResult) and await table.to_arrow() == TABLE
             shelf = await db.fetch("shelf")

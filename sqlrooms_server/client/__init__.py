@@ -5,7 +5,12 @@ with connect("ws://localhost:4000") as db:
 """
 
 from sqlrooms_server.client.aio import AsyncClient, connect_async
-from sqlrooms_server.client.aio_feeds import AsyncLive, AsyncSubscription, AsyncWatch
+from sqlrooms_server.client.aio_feeds import (
+    AsyncLive,
+    AsyncObjectWatch,
+    AsyncSubscription,
+    AsyncWatch,
+)
 from sqlrooms_server.client.aio_objects import AsyncOpenObject
 from sqlrooms_server.client.aio_results import AsyncResult, AsyncSession
 from sqlrooms_server.client.errors import ConnectionLost, QueryTimeout, RequestFailed, SessionEnded
@@ -26,13 +31,14 @@ from sqlrooms_server.client.replies import (
 )
 from sqlrooms_server.client.results import RowList
 from sqlrooms_server.client.sync import Client, connect
-from sqlrooms_server.client.sync_feeds import Live, Subscription, Watch
+from sqlrooms_server.client.sync_feeds import Live, ObjectWatch, Subscription, Watch
 from sqlrooms_server.client.sync_objects import OpenObject
 from sqlrooms_server.client.sync_results import Result, Session
 
 __all__ = [
     "AsyncClient",
     "AsyncLive",
+    "AsyncObjectWatch",
     "AsyncOpenObject",
     "AsyncResult",
     "AsyncSession",
@@ -53,6 +59,7 @@ __all__ = [
     "Missed",
     "ObjectInfo",
     "ObjectMessage",
+    "ObjectWatch",
     "OpenObject",
     "Progress",
     "QueryTimeout",

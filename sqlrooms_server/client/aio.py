@@ -10,7 +10,12 @@ from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from sqlrooms_server.client import flows, needs
-from sqlrooms_server.client.aio_feeds import AsyncLive, AsyncSubscription, AsyncWatch
+from sqlrooms_server.client.aio_feeds import (
+    AsyncLive,
+    AsyncObjectWatch,
+    AsyncSubscription,
+    AsyncWatch,
+)
 from sqlrooms_server.client.aio_objects import AsyncOpenObject
 from sqlrooms_server.client.aio_results import AsyncResult, AsyncSession
 from sqlrooms_server.client.aio_wire import Wire, receive
@@ -253,6 +258,10 @@ class AsyncClient:
     async def objects(self) -> ObjectList:
         """The objects that are published for this client: a list of ``ObjectInfo``."""
         return await self._run(self._requests.objects())
+
+    def watch_objects(self) -> AsyncObjectWatch:
+        """What is published, and again: ``async with db.watch_objects()``, or ``await`` it."""
+        return AsyncObjectWatch(self, self._requests.watch_objects())
 
     async def fetch(
         self, which: Wanted, *, timeout: float | None = None, compression: str | None = None

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from sqlrooms_server.client.messages import Key
-from sqlrooms_server.client.replies import Change, Chunk, ObjectAck, ObjectData, Opened, Reply
+from sqlrooms_server.client.replies import (
+    Change,
+    Chunk,
+    ObjectAck,
+    ObjectChanges,
+    ObjectData,
+    ObjectList,
+    Opened,
+    Reply,
+)
 
 
 class Inbox(Protocol):
@@ -87,4 +96,8 @@ def merged(unread: Reply, reply: Reply) -> Reply | None:
             op = reply.op if reply.op == unread.op else "change"
             tables = {**unread.tables, **reply.tables}
             return Change(tables, op, reply.version, unread.resync or reply.resync)
+        case ObjectList(), ObjectChanges():
+            return reply.after(unread)
+        case ObjectChanges(), ObjectChanges():
+            return reply.following(unread)
     return None

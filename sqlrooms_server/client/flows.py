@@ -24,6 +24,7 @@ from sqlrooms_server.client.messages import (
     framed,
 )
 from sqlrooms_server.client.needs import ClientState, Flow, Retries, answer, connected
+from sqlrooms_server.client.object_feeds import ObjectWatch
 from sqlrooms_server.client.objects import (
     Fetched,
     OpenObject,
@@ -59,6 +60,7 @@ class Requests:
         self.client = ClientState()
         self._ids = itertools.count(1)
         self._watch: Watch | None = None
+        self._object_watch: ObjectWatch | None = None
 
     def request(
         self,
@@ -175,6 +177,13 @@ class Requests:
                 return reply
             except ConnectionLost as error:
                 yield from retries.pause(error)
+
+    def watch_objects(self) -> ObjectWatch:
+        """A watch that has not begun. Raises ``RuntimeError`` while another one is open."""
+        if self._object_watch is not None and not self._object_watch.is_closed:
+            raise RuntimeError("This client watches objects already; close that watch first.")
+        self._object_watch = ObjectWatch(self.client, self._new_id)
+        return self._object_watch
 
     def fetch(
         self, which: Wanted, timeout: float | None, compression: str | None

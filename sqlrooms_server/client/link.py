@@ -12,6 +12,7 @@ from sqlrooms_server.client.messages import (
     MEMBERS,
     NO_ID,
     NOTIFY,
+    OBJECTS,
     SUBSCRIBE,
     WATCH,
     Id,
@@ -32,6 +33,7 @@ from sqlrooms_server.client.replies import (
     Message,
     ObjectAck,
     ObjectData,
+    ObjectList,
     Opened,
     Progress,
     Reply,
@@ -109,6 +111,10 @@ class Link:
             self.send(encode(type="unwatch"))
         if isinstance(exchange, Hearing):
             self.channels.discard(exchange, is_open=self.lost is None)
+        if self._exchanges.get(OBJECTS) is exchange:
+            self._exchanges.pop(OBJECTS, None)
+            if self.lost is None:
+                self.send(encode(type="object-list", watch=False))
         if self._exchanges.get(CHANGES) is exchange:
             self._exchanges.pop(CHANGES, None)
         if self._exchanges.get(exchange.key) is not exchange:
@@ -142,6 +148,8 @@ class Link:
             self._exchanges.pop(key, None)
         if isinstance(reply, Watching) and exchange is not None:
             self._exchanges[CHANGES] = exchange
+        if isinstance(reply, ObjectList) and exchange is not None and exchange.is_feed:
+            self._exchanges[OBJECTS] = exchange
         if isinstance(reply, CancelAck) and not reply.cancelled:
             # The last reply was there before the cancel.
             self._free(("query", key[1]))

@@ -25,6 +25,7 @@ from sqlrooms_server.client.replies import (
     NotifyAck,
     ObjectAck,
     ObjectBytes,
+    ObjectChanges,
     ObjectClosed,
     ObjectData,
     ObjectInfo,
@@ -51,6 +52,8 @@ CACHE_STATS, WATCH = "cacheStats", "watch"
 CHANGES: Key = ("changes", "")
 # Kinds of requests about channels, and what belongs to those who hear one.
 SUBSCRIBE, NOTIFY, MEMBERS, CHANNEL = "subscribe", "notify", "presence", "channel"
+# What belongs to who watches which objects are published.
+OBJECTS: Key = ("objects", "")
 NO_ID = ""
 
 # How results of the server begin.
@@ -209,10 +212,16 @@ def _object_bytes(kind: type[ObjectBytes]) -> Callable[..., tuple[Key, Reply]]:
 
 
 def _object_list(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
-    return _query(fields), ObjectList(
-        ObjectInfo(one["name"], one["objectType"], one["canFetch"], one["canOpen"])
-        for one in fields["objects"]
-    )
+    return _query(fields), ObjectList(map(_object, fields["objects"]))
+
+
+def _object_changes(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
+    published = map(_object, (*fields["added"], *fields["replaced"]))
+    return OBJECTS, ObjectChanges(tuple(published), frozenset(fields["removed"]))
+
+
+def _object(fields: dict[str, Any]) -> ObjectInfo:
+    return ObjectInfo(fields["name"], fields["objectType"], fields["canFetch"], fields["canOpen"])
 
 
 def _answered(fields: dict[str, Any], body: memoryview) -> tuple[Key, Reply]:
@@ -256,6 +265,7 @@ _DECODERS: dict[str, Callable[[dict[str, Any], memoryview], tuple[Key | None, Re
     "object": _object_bytes(ObjectBytes),
     "object-data": _object_bytes(ObjectData),
     "object-list": _object_list,
+    "object-changes": _object_changes,
     "object-opened": lambda fields, _: (_query(fields), Opened(fields["window"])),
     "object-ack": lambda fields, _: (_query(fields), ObjectAck(fields["bytes"])),
     "object-closed": lambda fields, _: (_query(fields), ObjectClosed()),

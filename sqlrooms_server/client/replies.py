@@ -232,6 +232,28 @@ class ObjectList(list[ObjectInfo]):
 
 
 @dataclass(frozen=True, slots=True)
+class ObjectChanges:
+    """What is published now and was not, or was replaced, and the names of what is no more."""
+
+    published: tuple[ObjectInfo, ...]
+    removed: frozenset[str]
+
+    def after(self, before: ObjectList) -> ObjectList:
+        """What is published, when ``before`` was."""
+        objects = {one.name: one for one in before if one.name not in self.removed}
+        objects.update((one.name, one) for one in self.published)
+        return ObjectList(objects[name] for name in sorted(objects))
+
+    def following(self, earlier: ObjectChanges) -> ObjectChanges:
+        """What has changed since before ``earlier``."""
+        kept = [one for one in earlier.published if one.name not in self.removed]
+        return ObjectChanges(
+            tuple({one.name: one for one in (*kept, *self.published)}.values()),
+            (earlier.removed | self.removed) - {one.name for one in self.published},
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Referred:
     """A reference as it comes: its ticket, and what its object is good for."""
 
@@ -316,6 +338,7 @@ Reply = (
     | Event
     | Answered
     | ObjectList
+    | ObjectChanges
     | ObjectBytes
     | Opened
     | ObjectAck

@@ -17,7 +17,7 @@ from sqlrooms_server.client.objects import Fetched, Wanted
 from sqlrooms_server.client.replies import CacheStats, MemberList, ObjectList, Progress
 from sqlrooms_server.client.results import RowList
 from sqlrooms_server.client.streams import as_reader
-from sqlrooms_server.client.sync_feeds import Live, Subscription, Watch
+from sqlrooms_server.client.sync_feeds import Live, ObjectWatch, Subscription, Watch
 from sqlrooms_server.client.sync_objects import OpenObject
 from sqlrooms_server.client.sync_results import Result, Session
 from sqlrooms_server.client.sync_wire import Wire, receive
@@ -287,6 +287,13 @@ class Client:
     def objects(self) -> ObjectList:
         """The objects that are published for this client: a list of ``ObjectInfo``."""
         return self._run(self._requests.objects())
+
+    def watch_objects(self) -> ObjectWatch:
+        """What is published, and again whenever that has changed: a list of ``ObjectInfo`` each.
+
+        A client has one such watch at a time; another one raises ``RuntimeError``.
+        """
+        return ObjectWatch(self, self._requests.watch_objects())
 
     def fetch(
         self, which: Wanted, *, timeout: float | None = None, compression: str | None = None
