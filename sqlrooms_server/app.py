@@ -41,6 +41,7 @@ from sqlrooms_server.plugins.authorizing import Authorizer
 from sqlrooms_server.plugins.feature import Plugins
 from sqlrooms_server.plugins.host import Host
 from sqlrooms_server.plugins.http import error_response
+from sqlrooms_server.plugins.objects import Objects
 from sqlrooms_server.plugins.runner import Runner
 from sqlrooms_server.protocol import Limits, decode, encode
 from sqlrooms_server.rooms.child import is_available
@@ -127,12 +128,14 @@ class App:
         )
         self.connections = Connections(shared.post, self.channels.channels_of)
         self.rooms: Rooms | None = None
+        self.objects = Objects(settings, self.runner, plugins)
         host = Host(
-            settings, self.runner, self.channels, self.connections, access.roles, name, path
+            *(settings, self.runner, self.channels, self.connections, self.objects),
+            *(access.roles, name, path),
         )
         host.perform, host.leave = self._perform, self._leave
         self.room_store: RoomStore | None = None
-        self.plugins = Plugins(plugins, host, self.runner, self._hooks.prepare)
+        self.plugins = Plugins([*plugins, self.objects], host, self.runner, self._hooks.prepare)
         self._kinds = self.plugins.kinds
         # Those that need no database. The others join when it is open.
         self._features: Sequence[Feature] = (self.health, self.connections, self.plugins)
@@ -162,6 +165,7 @@ class App:
                 lambda: self.close_rooms(time.monotonic(), time.monotonic() + _UNDO_SECONDS)
             )
             self._join_features(scheduler)
+            self.objects.open(self.database.engine, self.requests)
             self.plugins.open(self.database.engine, self.requests, self._settings)
             return undo.pop_all()
 
