@@ -15,12 +15,20 @@ import pyarrow as pa
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from sqlrooms_server import Action, Credentials, Forbidden, Identity, Plugin, Unauthorized
+from sqlrooms_server import (
+    Action,
+    Credentials,
+    Forbidden,
+    Identity,
+    Plugin,
+    StartupError,
+    Unauthorized,
+)
 from sqlrooms_server.access.roles import ADMIN
-from sqlrooms_server.errors import Cancelled, ShuttingDown
+from sqlrooms_server.errors import Busy, Cancelled, ShuttingDown
 from sqlrooms_server.messages import Message
 from sqlrooms_server.plugins.authorizing import ASKED, AT_ONCE, IN_TURN
-from tests.conftest import LocalServer, ServerProcess
+from tests.conftest import LocalServer
 from tests.test_plugin_hooks import Done, tokens
 from tests.test_plugins import fetch
 from tests.wire import DEADLINE, Wire, framed, ipc
@@ -112,20 +120,20 @@ def test_a_plugin_knows_who_comes(
 
 
 def test_the_first_answer_counts(launch: Launch, plugin: Plugin) -> None:
-    first, asked = Plugin("first"), []
+    asked: list[str] = []
 
-    @first.hook
-    def authenticate(credentials: Credentials) -> Identity | None:
-        asked.append("first")
-        return Identity("ada", ADMIN) if credentials.token == "ada" else None
+    class First(Plugin):
+        def authenticate(self, credentials: Credentials) -> Identity | None:
+            asked.append("first")
+            return Identity("ada", ADMIN) if credentials.token == "ada" else None
 
     @plugin.hook
-    async def authenticate(credentials: Credentials) -> Identity | None:  # noqa: F811
+    async def authenticate(credentials: Credentials) -> Identity | None:
         asked.append("second")
         return Identity("eve", ADMIN)
 
     whoami(plugin)
-    local = launch(first, plugin)
+    local = launch(First(), plugin)
     for token, names in (("ada", ["first"]), ("eve", ["first", "second"])):
         with local.connect(f"/?token={token}") as wire:
             assert wire.request(type="who")["data"] == [token, "admin"]
@@ -200,8 +208,7 @@ def test_what_waits_for_the_answer_is_bounded(launch: Launch, plugin: Plugin) ->
 
     local = launch(plugin)
     with local.connect("/?token=x") as many, local.connect("/?token=x") as few:
-        few.upload_later = framed({"type": "uploadArrow", "tableName": "t", "queryId": 1}, TABLE)
-        few.send_raw(few.upload_later)
+        few.send_raw(framed({"type": "uploadArrow", "tableName": "t", "queryId": 1}, TABLE))
         few.send(type="json", sql="select sum(a) as a from t", queryId=2)
         with pytest.raises(ConnectionClosed):
             for _ in range(100):
@@ -216,31 +223,21 @@ def test_what_waits_for_the_answer_is_bounded(launch: Launch, plugin: Plugin) ->
 
 TABLE = ipc(pa.table({"a": list(range(10_000))}))
 
-GUARDED = """
-from sqlrooms_server import Identity, Plugin
 
-plugin = Plugin("guard")
+def test_a_server_with_such_a_plugin_needs_no_other_token(launch: Launch, plugin: Plugin) -> None:
+    with pytest.raises(StartupError, match="a token is needed"):
+        launch(plugin, host="0.0.0.0")
 
-@plugin.hook
-def authenticate(credentials):
-    return Identity("ada", plugin.server.role("admin")) if credentials.token == "ada" else None
+    @plugin.hook
+    def authenticate(credentials: Credentials) -> Identity | None:
+        return Identity("ada", plugin.server.role("admin")) if credentials.token == "ada" else None
 
-@plugin.on("who")
-def who(call):
-    return call.client.user
-"""
-
-
-def test_a_server_with_such_a_plugin_needs_no_other_token(
-    serve: Callable[..., ServerProcess], tmp_path: Path
-) -> None:
-    path = tmp_path / "guard.py"
-    path.write_text(GUARDED)
-    server = serve("--plugin", str(path), "--host", "0.0.0.0")
-    assert "token required" in server.welcome
-    with Wire(f"{server.url}/?token=ada") as wire:
-        assert wire.request(type="who")["data"] == "ada"
-    with Wire(server.url) as wire:
+    whoami(plugin)
+    local = launch(plugin, host="0.0.0.0")
+    assert local.server.needs_token
+    with local.connect("/?token=ada") as wire:
+        assert wire.request(type="who")["data"] == ["ada", "admin"]
+    with local.connect() as wire:
         wire.send(type="json", sql="select 1")
         assert closed(wire) == "unauthorized"
 
@@ -315,9 +312,10 @@ def test_messages_wait_for_those_before_them(launch: Launch) -> None:
     judge.holds.clear()
     local = launch(judge, done, max_in_flight=4)
     with local.connect() as wire, local.connect() as other:
-        wire.send(type="exec", sql="create table t as select 'wait' as a", queryId=1)
+        table = "create table t as select 'wait' as a"
+        wire.send(type="exec", sql=table, queryId=1, session="s")
         wire.send(type="arrow", sql="select 1", queryId=2)
-        wire.send(type="json", sql="from t", queryId=3)
+        wire.send(type="json", sql="from t", queryId=3, session="s")
         wire.send(type="hello", queryId=4)
         wire.send(type="exec", sql="select 5", queryId=5)
         assert wire.receive()["code"] == "busy"
@@ -328,12 +326,11 @@ def test_messages_wait_for_those_before_them(launch: Launch) -> None:
         # Others do not wait, nor does what is about something that was allowed.
         assert other.rows("select 1 as a") == [{"a": 1}]
         judge.holds.set()
-        assert wire.receive() == {"type": "ok", "queryId": 1}
-        replies = [wire.receive(), wire.receive()]
-        assert {reply["type"] for reply in replies} == {"json", "welcome"}
-    outcomes = {query.query_id: outcome for query, outcome in done.wait(5)}
-    assert outcomes[5].error.code == "busy" and isinstance(outcomes[2].error, Cancelled)
-    assert outcomes[1].error is outcomes[3].error is None
+        replies = [wire.receive() for _ in range(3)]
+        assert {reply["type"] for reply in replies} == {"ok", "json", "welcome"}
+    errors = {query.query_id: outcome.error for query, outcome in done.wait(5)}
+    assert isinstance(errors[5], Busy) and isinstance(errors[2], Cancelled)
+    assert errors[1] is errors[3] is None
 
 
 def test_a_cancel_of_the_one_that_is_asked_about(launch: Launch) -> None:
@@ -393,8 +390,8 @@ def test_chunks_of_an_upload_follow_the_first(launch: Launch) -> None:
         assert [reply["type"] for reply in found] == ["error", "cancelAck"]
         chunk(wire, 2, queryId="c")
         judge.holds.set()
-        found = {reply["queryId"]: reply for reply in answers(wire, 2)}
-        assert found["u"]["rows"] == 10_000 and found["n"]["code"] == "forbidden"
+        by_id = {reply["queryId"]: reply for reply in answers(wire, 2)}
+        assert by_id["u"]["rows"] == 10_000 and by_id["n"]["code"] == "forbidden"
         # The rest of those that were refused is ignored.
         chunk(wire, 3, queryId="n")
         chunk(wire, 3, queryId="c")
