@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from sqlrooms_server.access import Access, Identity
 from sqlrooms_server.app_config import in_app
+from sqlrooms_server.builtin import configured
 from sqlrooms_server.databases import Databases
 from sqlrooms_server.db.room_store import RoomStore
 from sqlrooms_server.errors import Busy, ServerError, ShuttingDown, StartupError
@@ -128,8 +129,11 @@ class App:
         host = Host(
             settings, self.runner, self.channels, self.connections, access.roles, name, path
         )
+        host.perform, host.leave = self._perform, self._leave
         self.room_store: RoomStore | None = None
-        self.plugins = Plugins(plugins, host, self.runner, self._hooks.prepare)
+        self.plugins = Plugins(
+            [*configured(settings), *plugins], host, self.runner, self._hooks.prepare
+        )
         self._kinds = self.plugins.kinds
         # Those that need no database. The others join when it is open.
         self._features: Sequence[Feature] = (self.health, self.connections, self.plugins)
@@ -165,6 +169,11 @@ class App:
     def begin(self) -> None:
         """Handle what came before the database was open."""
         self._shared.post(self._begin)
+
+    def reload(self) -> None:
+        """Read files again; those that are not right are logged, and change nothing."""
+        self.gate.reload()
+        self.plugins.reload()
 
     def drain(self) -> None:
         """No query is taken any more."""
@@ -350,11 +359,17 @@ class App:
 
     def closed(self, peer: Peer) -> None:
         self.gate.closed(peer)
+        self._leave(peer)
+        log.debug("%s left.", peer.id)
+
+    def _leave(self, peer: Peer) -> None:
         if self._authorizer is not None:
             self._authorizer.closed(peer)
         for feature in self._features:
             feature.closed(peer)
-        log.debug("%s left.", peer.id)
+
+    def _perform(self, peer: Peer, message: Message) -> None:
+        self._handlers[type(message)](peer, message)
 
     @property
     def routes(self) -> list[Route]:

@@ -22,7 +22,7 @@ OF_THE_SERVER = frozenset(
 )
 
 # Data, code, and what opens them: an app that says nothing has the default, not that of the server.
-OWN = frozenset("db_path meta_db rooms_db temp_directory allow_dir plugin".split())
+OWN = frozenset("db_path meta_db rooms_db temp_directory allow_dir plugin queries".split())
 
 # Those that say who may come: an app that has one of them has none of the server's, so that a token
 # of the server is none of that app.

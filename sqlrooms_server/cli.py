@@ -31,7 +31,7 @@ _MAX_SIGNALS = 64 << 10
 
 _EPILOG = """\
 "sqlrooms-server query SQL" asks a server that is running, "sqlrooms-server token new" makes a
-token; see "sqlrooms-server query --help" and "sqlrooms-server token --help".
+token, "sqlrooms-server types" writes TypeScript types of named queries; each has a --help.
 
 Every setting is also an environment variable (SQLROOMS_DB_PATH for --db-path) and a key of the
 TOML file given with --config (db_path = "my.duckdb"). The command line wins over the environment,
@@ -42,18 +42,22 @@ and the environment over the file.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns 2 when the server cannot start; else the process ends here.
 
-    ``query`` or ``token`` as the first argument is another command, of which this returns the
-    exit status.
+    ``query``, ``token`` or ``types`` as the first argument is another command, of which this
+    returns the exit status.
     """
     if arguments is None:
         arguments = sys.argv[1:]
-        if arguments[:1] not in (["query"], ["token"]):
+        if arguments[:1] not in (["query"], ["token"], ["types"]):
             _hide_token(arguments)
     if arguments[:1] == ["query"]:
         # Not at the top: either command starts without what only the other one needs.
         from sqlrooms_server import query_command
 
         return query_command.main(arguments[1:])
+    if arguments[:1] == ["types"]:
+        from sqlrooms_server import types_command
+
+        return types_command.main(arguments[1:])
     if arguments[:1] == ["token"]:
         from sqlrooms_server import token_command
 
@@ -156,8 +160,9 @@ def _serve(configuration: Configuration) -> NoReturn:
     from sqlrooms_server.server import Server
 
     apps = configuration.apps
-    has_files = bool(settings.tokens) or any(app.settings.get("tokens") for app in apps)
-    signals = _Signals(reloads=has_files)
+    files = {"tokens", "queries"}
+    own = (app.settings.keys() & files for app in apps)
+    signals = _Signals(reloads=bool(settings.tokens or settings.queries or any(own)))
     server = Server(settings, apps=apps, options=configuration.options)
     port = server.start()
     signals.started()

@@ -169,12 +169,13 @@ class Server:
         return port
 
     def reload(self) -> None:
-        """Read the file of tokens again, and close the connections of those that are gone.
+        """Read the file of tokens again, and close the connections of those that are gone; let
+        plugins read theirs again.
 
         A file that is not right is logged, and changes nothing.
         """
         for app in self._apps:
-            app.gate.reload()
+            app.reload()
 
     def stop(self) -> bool:
         """Answer what is under way, close connections and the database; True when all ended.

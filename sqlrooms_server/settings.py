@@ -233,6 +233,15 @@ class Settings:
         10_000,
         "Queries that are done and of which a plugin has not been told; it misses those over it.",
     )
+    queries: str = _setting(
+        "",
+        "Directory of named queries, a .sql file each, which clients ask for by name.",
+    )
+    max_http_result: int = _setting(
+        32 << 20,
+        "Largest result of a named query over HTTP, which waits in memory until it is complete.",
+        unit="size",
+    )
     memory_limit: str = _setting(
         "", "Memory that DuckDB may use, such as 4GB; without it, four fifths of the machine's."
     )
@@ -302,6 +311,7 @@ class Settings:
             ("cache_size", 0, 1 << 50),
             ("sandbox_temp_size", 0, 1 << 50),
             ("process_memory", 0, 1 << 50),
+            ("max_http_result", 1 << 10, 1 << 30),
             ("plugin_timeout", 0, 7 * 24 * 3600),
             ("plugin_workers", 0, 1024),
             ("plugin_backlog", 1, 1_000_000),
