@@ -515,6 +515,7 @@ def test_a_start_that_fails_at_the_second_app_is_taken_back(tmp_path: Path) -> N
 
 
 def test_each_setting_is_of_the_server_of_the_app_or_inherited() -> None:
+    """A new one belongs into one of the sets of ``app_config``."""
     kinds = (OF_THE_SERVER, OWN, CREDENTIALS, INHERITED)
     assert frozenset().union(*kinds) == {field.name for field in fields()}
     assert sum(map(len, kinds)) == len(fields())
