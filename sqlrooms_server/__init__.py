@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Response,
         on,
         route,
+        stream,
     )
     from sqlrooms_server.server import Server
 
@@ -57,6 +58,7 @@ __all__ = [
     "__version__",
     "on",
     "route",
+    "stream",
 ]
 
 # They load DuckDB and the WebSocket library, which the client needs neither of.
@@ -73,6 +75,7 @@ _LATER = {
     "Server": "server",
     "on": "plugin",
     "route": "plugin",
+    "stream": "plugin",
 }
 
 

@@ -179,7 +179,7 @@ class Settings:
     stream_idle_timeout: int = _setting(
         60,
         "Seconds after which a chunked result that its client does not acknowledge, or a chunked "
-        "upload that it does not go on with, is given up.",
+        "upload or stream that it does not go on with, is given up.",
     )
     session_idle_timeout: int = _setting(
         600, "Seconds without a query after which a session ends and is rolled back."
@@ -256,6 +256,13 @@ class Settings:
         "Largest result of a named query over HTTP, which waits in memory until it is complete.",
         unit="size",
     )
+    # As much as a connection with 100 ms to the server needs for 80 MB/s.
+    stream_window: int = _setting(
+        8 << 20,
+        "Bytes that a client may send ahead on each input of a stream of a plugin.",
+        unit="size",
+    )
+    max_streams_per_connection: int = _setting(32, "Streams of plugins of one connection.")
     memory_limit: str = _setting(
         "", "Memory that DuckDB may use, such as 4GB; without it, four fifths of the machine's."
     )
@@ -329,6 +336,8 @@ class Settings:
             ("plugin_timeout", 0, 7 * 24 * 3600),
             ("plugin_workers", 0, 1024),
             ("plugin_backlog", 1, 1_000_000),
+            ("stream_window", 1 << 10, 1 << 30),
+            ("max_streams_per_connection", 1, 1_000_000),
             ("threads", 0, 1024),
             ("workers", 0, 1024),
             # uWebSockets ends the process for anything outside.
