@@ -22,6 +22,8 @@ from sqlrooms_server.messages import (
     Message,
     RoomPresence,
     RoomUpdate,
+    StreamAck,
+    StreamData,
     UploadChunk,
 )
 from sqlrooms_server.peer import Peer
@@ -62,7 +64,7 @@ _POLICY = 1008
 _RESTART = 1012
 
 # What belongs to a request that was counted, or has a limit of its own.
-_NO_REQUESTS = (Ack, Cancel, UploadChunk, RoomUpdate, RoomPresence)
+_NO_REQUESTS = (Ack, Cancel, UploadChunk, RoomUpdate, RoomPresence, StreamAck, StreamData)
 
 
 class Question(Protocol):

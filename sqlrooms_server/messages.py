@@ -259,6 +259,27 @@ class PluginMessage:
     size: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class StreamData:
+    """Binary, header ``{type: "streamData", queryId, input, seq?, last?}``, body a part of the
+    Arrow IPC stream of an input."""
+
+    query_id: QueryId
+    input: str
+    body: memoryview
+    seq: int | None = None
+    last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StreamAck:
+    """``{type: "streamAck", queryId, output, bytes}``: the bytes of an output consumed so far."""
+
+    query_id: QueryId
+    output: str
+    size: int
+
+
 Message = (
     Auth
     | Hello
@@ -282,4 +303,6 @@ Message = (
     | RoomUpdate
     | RoomPresence
     | PluginMessage
+    | StreamData
+    | StreamAck
 )
