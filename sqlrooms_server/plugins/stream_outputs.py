@@ -120,7 +120,7 @@ class Output:
         return None
 
     def pull_frame(self) -> list[Chunk] | Pull:
-        if self._receiver.answered:
+        if self._receiver.answered or self._is_sent:
             return Pull.WITHDRAWN
         pieces: list[Chunk] = []
         size, last = 0, False
