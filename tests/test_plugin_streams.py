@@ -98,7 +98,7 @@ class Recording:
 
     def wait_for(self, name: str, what: str, count: int = 1) -> None:
         def has_come() -> bool:
-            return sum(entry[0] == what for entry in self.seen[name]) >= count
+            return [entry[0] for entry in self.seen[name]].count(what) >= count
 
         with self.lock:
             assert self.lock.wait_for(has_come, DEADLINE), (name, what, self.seen[name])
@@ -473,19 +473,21 @@ def test_bad_data_ends_the_stream(wire: Wire, form: str, sent: list[Any], text: 
 def test_messages_about_no_stream(wire: Wire) -> None:
     stream = Streaming(wire, "plain", "other")
     stream.receive()
-    for header, text in [
+    unknown: list[tuple[dict[str, Any], str]] = [
         ({"queryId": "x", "input": "one"}, "No stream 'x' is under way"),
         ({"input": "one"}, "streamData needs a field queryId"),
         ({"queryId": "x"}, "streamData needs a field input"),
         ({"queryId": "x", "input": "one", "seq": -1}, "seq must be a whole number"),
-    ]:
+    ]
+    for header, text in unknown:
         wire.send_raw(framed({"type": "streamData", **header}, b""))
         reply = wire.receive()
         assert reply["code"] == "bad_request" and text in reply["error"]
-    for fields, text in [
+    bad_acks: list[tuple[dict[str, Any], str]] = [
         ({"queryId": "other", "output": "line"}, "streamAck needs a field bytes"),
         ({"queryId": "other", "bytes": 0}, "streamAck needs a field output"),
-    ]:
+    ]
+    for fields, text in bad_acks:
         reply = wire.request(type="streamAck", **fields)
         assert "queryId" not in reply and text in reply["error"]
     assert wire.request(type="plain", queryId="other")["code"] == "conflict"
@@ -688,7 +690,7 @@ def test_a_server_that_stops_ends_them(recording: Recording) -> None:
                 recording.wait_for(kind, "batch")
             stopping = threading.Thread(target=local.server.stop)
             stopping.start()
-            ended = {}
+            ended: dict[str, str] = {}
             while len(ended) < len(streams):
                 message = wire.receive()
                 if isinstance(message, dict) and message["type"] == "error":
