@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import struct
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -751,11 +753,65 @@ def test_nothing_is_left_behind(local: LocalServer, recording: Recording) -> Non
 
     assert_leaks_nothing(cycle, ("plugin-worker", "asyncio", "timers"))
     app = local.server.main
-    wait_until(lambda: not app.runner._open and not app.runner.scheduler._jobs)
     streams = app.plugins._streams
     assert streams is not None
+    with local.connect() as wire:
+        for form in ("plain", "async", "function"):
+            stream = Streaming(wire, form, form)
+            stream.send("one", BATCH + b"bad")
+            stream.finish()
+        (client,) = streams._clients.values()
+        wait_until(lambda: not client.held._size)
+        assert not client.under_way and not client.share._waiting and client.share._free == 4
+    wait_until(lambda: not app.runner._open and not app.runner.scheduler._jobs)
     wait_until(lambda: not streams._clients)
     assert not any(client.requests for client in app.requests._clients.values())
+
+
+def test_those_of_one_connection_leave_threads_to_others(
+    local: LocalServer, recording: Recording
+) -> None:
+    with local.connect() as many, local.connect() as wire:
+        for number in range(12):
+            stream = Streaming(many, "hang", number, name="many")
+            stream.send("one", BATCH, last=True)
+        recording.wait_for("many", "batch", 4)
+        other = Streaming(wire, "plain", "other")
+        other.send("one", BATCH, last=True)
+        other.send("two", BATCH, last=True)
+        while other.end is None:
+            other.receive()
+        assert len(recording.seen["many"]) == 4
+        recording.release.set()
+        ends = 0
+        while ends < 12:
+            message = many.receive()
+            ends += isinstance(message, dict) and message["type"] == "streamEnd"
+    recording.wait_for("many", "close", 12)
+    recording.release.clear()
+
+
+def test_the_examples_of_the_page(launch: Launch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "plugins.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Streams\n")[2].partition("\n## ")[0]
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(block, names)
+    points = pa.table({"y": [50.0, 150.0]})
+    with launch(names["plugin"]).connect() as wire:
+        stream = Streaming(wire, "smooth")
+        stream.send("points", ipc(points), last=True)
+        assert stream.finish()["type"] == "streamEnd"
+        assert stream.table("line").to_pylist() == [
+            {"y": 50.0, "mean": 50.0},
+            {"y": 150.0, "mean": 50.0},
+        ]
+        stream = Streaming(wire, "split", "t")
+        stream.send("points", ipc(points), last=True)
+        stream.send("extra", b"", last=True)
+        assert stream.finish()["type"] == "streamEnd"
+        assert stream.table("small").to_pylist() == [{"y": 50.0}]
+        assert stream.table("large").to_pylist() == [{"y": 150.0}]
 
 
 def test_limits_of_a_connection(launch: Launch) -> None:

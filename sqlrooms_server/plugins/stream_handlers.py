@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,33 @@ if TYPE_CHECKING:
     import asyncio
 
 log = logging.getLogger(__name__)
+
+
+class Share:
+    """How many plain functions of the streams of one connection may run at one time."""
+
+    def __init__(self, most: int) -> None:
+        self._free = most
+        self._lock = threading.Lock()
+        self._waiting: list[Callable[[], None]] = []
+
+    def enter(self, resume: Callable[[], None]) -> bool:
+        """Whether one more may run; otherwise ``resume`` is called when that may have changed."""
+        with self._lock:
+            if not self._free:
+                self._waiting.append(resume)
+                return False
+            self._free -= 1
+            return True
+
+    def leave(self) -> None:
+        """It has ended."""
+        with self._lock:
+            self._free += 1
+            # All of them: one that was stopped meanwhile would not take its turn.
+            waiting, self._waiting = self._waiting, []
+        for resume in waiting:
+            resume()
 
 
 def handled_by_function(
@@ -47,7 +75,9 @@ class ObjectHandler:
         factory: Callable[..., Any],
         call: StreamCall,
         request: StreamRequest,
+        share: Share,
     ) -> None:
+        self._share = share
         self._runner = runner
         self._plugin = plugin
         self._factory = factory
@@ -98,7 +128,11 @@ class ObjectHandler:
     def _ask(
         self, what: str, function: Callable[..., Any], *arguments: Any
     ) -> Generator[Pause, None, Any]:
-        if inspect.iscoroutinefunction(function):
+        is_plain = not inspect.iscoroutinefunction(function)
+        if is_plain:
+            while not self._share.enter(self._resume):
+                yield Pause.WAIT
+        else:
             arguments = (function, *arguments)
             function = self._in_turn
         what = f"{what} of {self._call.kind!r}"
@@ -112,6 +146,8 @@ class ObjectHandler:
             )
         finally:
             clock.stop()
+            if is_plain:
+                self._share.leave()
 
     async def _in_turn(self, function: Callable[..., Any], *arguments: Any) -> Any:
         import asyncio

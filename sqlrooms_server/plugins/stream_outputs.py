@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from sqlrooms_server.db.outputs import StreamEncoder
-from sqlrooms_server.errors import BadRequest, QueryId, ServerError
+from sqlrooms_server.errors import BadRequest, Cancelled, QueryId, ServerError
 from sqlrooms_server.outbox import Outbox
 from sqlrooms_server.plugins.waiting import Waiting
 from sqlrooms_server.protocol.streams import stream_data_head
@@ -71,8 +71,13 @@ class Output:
         return self._put_bytes > self._sent_bytes or (self._is_finished and not self._is_sent)
 
     def write(self, batches: Iterator[Any]) -> bool:
-        """Add the next of ``batches``; False when there is none. Raises ``OtherColumns``."""
+        """Add the next of ``batches``; False when there is none.
+
+        Raises ``OtherColumns``, and ``Cancelled`` after :meth:`finish`.
+        """
         with self._writing:
+            if self._is_finished:
+                raise Cancelled("The stream has ended.")
             batch = next(batches, None)
             if batch is None:
                 return False

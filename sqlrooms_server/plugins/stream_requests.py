@@ -148,7 +148,8 @@ class StreamRequest(Request):
         self._moved_at = time.monotonic()
 
     def has_room(self) -> None:
-        self.resume()
+        if self._wakes_job:
+            self.resume()
 
     def sent_all(self) -> None:
         self._unsent -= 1

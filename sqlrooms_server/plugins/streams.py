@@ -15,11 +15,14 @@ from sqlrooms_server.peer import Peer
 from sqlrooms_server.plugin import Client, Plugin, Stream
 from sqlrooms_server.plugins.runner import Runner, out_of_time
 from sqlrooms_server.plugins.stream_calls import StreamCall
-from sqlrooms_server.plugins.stream_handlers import ObjectHandler, handled_by_function
+from sqlrooms_server.plugins.stream_handlers import ObjectHandler, Share, handled_by_function
 from sqlrooms_server.plugins.stream_inputs import Held, InputLimits
 from sqlrooms_server.plugins.stream_requests import Clock, StreamRequest
 from sqlrooms_server.protocol.streams import encode_stream_begin
 from sqlrooms_server.settings import Settings
+
+# Of one connection: plain functions of its streams at one time, which each take a thread.
+_MAX_FUNCTIONS = 4
 
 # Streams that ended before their inputs did, remembered for each connection.
 _MAX_ENDED = 1024
@@ -31,6 +34,7 @@ class _Client:
 
     lane: Lane
     held: Held
+    share: Share = field(default_factory=lambda: Share(_MAX_FUNCTIONS))
     under_way: int = 0
     # Of streams that have ended, how many inputs may still send something.
     ended: dict[QueryId, int] = field(default_factory=dict)
@@ -105,7 +109,9 @@ class Streams:
         )
         request.on_stop = call.cancel
         parts = (self._runner, plugin, handler, call, request)
-        work = ObjectHandler(*parts).work() if is_class else handled_by_function(*parts)
+        work = (
+            ObjectHandler(*parts, client.share).work() if is_class else handled_by_function(*parts)
+        )
         if not self._requests.submit(request, work, client.lane, scheduler=self._runner.scheduler):
             return
         window = self._limits.window
