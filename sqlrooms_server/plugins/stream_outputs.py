@@ -58,6 +58,7 @@ class Output:
             on_room=self._on_room, on_data=self._begin_sending, on_sent=receiver.sent_all
         )
         self._has_begun = False
+        self._is_dropped = False
         self._is_finished = False
         self._is_sent = False
         self._seq = 0
@@ -98,7 +99,7 @@ class Output:
     def _put(self, chunk: Chunk) -> None:
         self._put_bytes += len(chunk)
         with self.waiting:
-            self.is_full = self._outbox.put(chunk)
+            self.is_full = self._outbox.put(chunk) or self._is_dropped
         if not self._has_begun:
             self._has_begun = True
             self._begin_sending()
@@ -158,8 +159,14 @@ class Output:
         return min(FRAGMENT_BYTES, self._window - (self._sent_bytes - self._acked_bytes) - size)
 
     def dropped(self) -> None:
-        """Nobody takes it any more."""
+        # Who writes waits for the end of the stream, which follows.
+        with self.waiting:
+            self._is_dropped = self.is_full = True
+        self._outbox.dropped()
+
+    def release(self) -> None:
+        """The stream has ended: nobody waits to write any more."""
         self._outbox.dropped()
         with self.waiting:
-            self.is_full = False
+            self._is_dropped = self.is_full = False
         self.waiting.changed()

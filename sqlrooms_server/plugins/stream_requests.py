@@ -189,7 +189,7 @@ class StreamRequest(Request):
         self.inputs.close()
         super()._answered()
         for output in self.outputs.values():
-            output.dropped()
+            output.release()
 
     def _tell_consumed(self, source: Input) -> None:
         self._requests.post(self._send_ack, source)
