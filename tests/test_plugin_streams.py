@@ -760,12 +760,13 @@ def test_nothing_is_left_behind(local: LocalServer, recording: Recording) -> Non
             stream = Streaming(wire, form, form)
             stream.send("one", BATCH + b"bad")
             stream.finish()
+        wait_until(lambda: len(streams._clients) == 1)
         (client,) = streams._clients.values()
-        wait_until(lambda: not client.held._size)
-        assert not client.under_way and not client.share._waiting and client.share._free == 4
+        wait_until(lambda: not client.held._size and not client.under_way)
+        wait_until(lambda: not client.share._waiting and client.share._free == 4)
     wait_until(lambda: not app.runner._open and not app.runner.scheduler._jobs)
     wait_until(lambda: not streams._clients)
-    assert not any(client.requests for client in app.requests._clients.values())
+    wait_until(lambda: not app.requests._clients)
 
 
 def test_those_of_one_connection_leave_threads_to_others(
