@@ -195,7 +195,10 @@ class Plugins(Feature):
         if not guest.untold:
             waiting, guest.waiting = guest.waiting, []
             for message in waiting:
-                self._message(peer, message)
+                try:
+                    self._message(peer, message)
+                except ServerError as refused:
+                    peer.send_error(refused)
 
     def _message(self, peer: Peer, message: PluginMessage | StreamData | StreamAck) -> None:
         guest = self._guests.get(peer)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.outputs import OtherColumns, batches_of, is_in_memory
 from sqlrooms_server.db.policy import Policy
@@ -33,13 +34,14 @@ class StreamCall(Call):
         engine: Engine,
         policy: Policy,
         runner: Runner,
+        prepare: Callable[[Cursor, Client], None],
+        *,
         plugin: Plugin,
         request: StreamRequest,
     ) -> None:
-        super().__init__(message, client, engine, policy, runner)
+        super().__init__(message, client, engine, policy, runner, prepare)
         self.plugin = plugin
         self._request = request
-        self._stream_runner = runner
 
     @property
     def inputs(self) -> Mapping[str, Input]:
@@ -61,7 +63,7 @@ class StreamCall(Call):
             batches = batches_of(value)
         except TypeError as error:
             raise self._error(output, str(error)) from error
-        if self._stream_runner.is_in_coroutine:
+        if self._runner.is_in_coroutine:
             return self._write_async(target, batches, is_in_memory(value))
         more = True
         while more:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.errors import BadRequest, Busy, QueryId
 from sqlrooms_server.features.requests import Requests
@@ -44,12 +45,18 @@ class Streams:
     """Begins streams, and gives them what comes for them. For the loop thread."""
 
     def __init__(
-        self, engine: Engine, requests: Requests, runner: Runner, settings: Settings
+        self,
+        engine: Engine,
+        requests: Requests,
+        runner: Runner,
+        settings: Settings,
+        prepare: Callable[[Cursor, Client], None],
     ) -> None:
         self._engine = engine
         self._requests = requests
         self._runner = runner
         self._settings = settings
+        self._prepare = prepare
         self._limits = InputLimits(settings.stream_window, settings.max_message_size)
         self._clients: dict[Peer, _Client] = {}
 
@@ -104,8 +111,9 @@ class Streams:
             self._engine,
             self._engine.bounded(peer.role.sql),
             self._runner,
-            plugin,
-            request,
+            self._prepare,
+            plugin=plugin,
+            request=request,
         )
         request.on_stop = call.cancel
         parts = (self._runner, plugin, handler, call, request)
