@@ -261,14 +261,14 @@ class PluginMessage:
 
 @dataclass(frozen=True, slots=True)
 class StreamData:
-    """Binary, header ``{type: "streamData", queryId, input, seq?, last?}``, body a part of the
+    """Binary, header ``{type: "streamData", queryId, input, seq, last?}``, body a part of the
     Arrow IPC stream of an input."""
 
     query_id: QueryId
     input: str
     body: memoryview
-    seq: int | None = None
-    last: bool = False
+    seq: int
+    last: bool
 
 
 @dataclass(frozen=True, slots=True)

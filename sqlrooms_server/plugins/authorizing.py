@@ -28,6 +28,8 @@ from sqlrooms_server.messages import (
     RoomPresence,
     RoomSnapshot,
     RoomUpdate,
+    StreamAck,
+    StreamData,
     Subscribe,
     Unsubscribe,
     Unwatch,
@@ -75,7 +77,7 @@ ASKED: Mapping[type, Callable[[Any], tuple[str, str]]] = {
 IN_TURN = (Hello, RoomUpdate, RoomPresence)
 
 # Handled at once: they are about what was allowed before, and must not wait behind it.
-AT_ONCE = (Auth, Cancel, Ack)
+AT_ONCE = (Auth, Cancel, Ack, StreamAck, StreamData)
 
 # Messages of plugins that go on with an object, which was allowed when it was opened or fetched.
 _OF_OBJECTS = ("object-data", "object-ack", "object-close", "object-release")
