@@ -41,6 +41,7 @@ from sqlrooms_server.plugins.authorizing import Authorizer
 from sqlrooms_server.plugins.feature import Plugins
 from sqlrooms_server.plugins.host import Host
 from sqlrooms_server.plugins.http import error_response
+from sqlrooms_server.plugins.objects import Objects
 from sqlrooms_server.plugins.runner import Runner
 from sqlrooms_server.protocol import Limits, decode, encode
 from sqlrooms_server.rooms.child import is_available
@@ -59,8 +60,8 @@ _EARLY_ENTRY_BYTES = 200
 # For each step of taking a start back.
 _UNDO_SECONDS = 1.0
 
-# For plugins that are being told of queries, at least.
-_LAST_WORDS_SECONDS = 0.25
+# For plugins to be told of the last queries.
+_LAST_WORDS_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ class App:
         # Messages that came before the database was open, and their bytes.
         self._early: list[tuple[Peer, bytes, bool]] = []
         self._early_bytes = 0
+        plugins = [*configured(settings), *plugins]
         self._hooks = Chain(plugins)
         self._journal = Journal(self._hooks.query_done, settings.plugin_backlog)
         self.runner = Runner(settings, shared.timers, shared.post)
@@ -126,14 +128,14 @@ class App:
         )
         self.connections = Connections(shared.post, self.channels.channels_of)
         self.rooms: Rooms | None = None
+        self.objects = Objects(settings, self.runner, plugins)
         host = Host(
-            settings, self.runner, self.channels, self.connections, access.roles, name, path
+            *(settings, self.runner, self.channels, self.connections, self.objects),
+            *(access.roles, name, path),
         )
         host.perform, host.leave = self._perform, self._leave
         self.room_store: RoomStore | None = None
-        self.plugins = Plugins(
-            [*configured(settings), *plugins], host, self.runner, self._hooks.prepare
-        )
+        self.plugins = Plugins([*plugins, self.objects], host, self.runner, self._hooks.prepare)
         self._kinds = self.plugins.kinds
         # Those that need no database. The others join when it is open.
         self._features: Sequence[Feature] = (self.health, self.connections, self.plugins)
@@ -163,6 +165,7 @@ class App:
                 lambda: self.close_rooms(time.monotonic(), time.monotonic() + _UNDO_SECONDS)
             )
             self._join_features(scheduler)
+            self.objects.open(self.database.engine, self.requests)
             self.plugins.open(self.database.engine, self.requests, self._settings)
             return undo.pop_all()
 
@@ -200,8 +203,7 @@ class App:
         ``is_quiet`` tells that no query runs any more.
         """
         self.channels.stop()
-        last = max(deadline - 2 * _UNDO_SECONDS, time.monotonic() + _LAST_WORDS_SECONDS)
-        self._journal.close(last)
+        self._journal.close(time.monotonic() + _LAST_WORDS_SECONDS)
         self.plugins.end("stopped")
         is_quiet = self.runner.close(deadline - _UNDO_SECONDS) and is_quiet
         if is_quiet:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from sqlrooms_server.app import App
     from sqlrooms_server.server import Server
 
+# The settings of what is read again when a signal asks for it.
+_READ_AGAIN = ("tokens", "queries")
+
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Windows has none.
 _SIGHUP: int | None = getattr(signal, "SIGHUP", None)
@@ -159,11 +162,9 @@ def _serve(configuration: Configuration) -> NoReturn:
     # Not at the top: --help needs neither DuckDB nor the native library, which may be missing.
     from sqlrooms_server.server import Server
 
-    apps = configuration.apps
-    files = {"tokens", "queries"}
-    own = (app.settings.keys() & files for app in apps)
-    signals = _Signals(reloads=bool(settings.tokens or settings.queries or any(own)))
-    server = Server(settings, apps=apps, options=configuration.options)
+    every = [vars(settings), *(app.settings for app in configuration.apps)]
+    signals = _Signals(reloads=any(of.get(name) for of in every for name in _READ_AGAIN))
+    server = Server(settings, apps=configuration.apps, options=configuration.options)
     port = server.start()
     signals.started()
     # What lives now lives as long as the process; the collector need not visit it again.

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 from urllib.parse import quote
 
 from sqlrooms_server.access import Access
@@ -24,6 +25,7 @@ from sqlrooms_server.mounts import Mounts
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.plugin import Plugin
 from sqlrooms_server.plugins.loading import load
+from sqlrooms_server.plugins.objects import Objects
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.timers import Timers
 from sqlrooms_server.together import together
@@ -131,6 +133,14 @@ class Server:
     @property
     def connections(self) -> Connections:
         return self.main.connections
+
+    @property
+    def objects(self) -> Objects:
+        return self.main.objects
+
+    def publish(self, name: str, obj: Any, **options: Any) -> None:
+        """Let clients use ``obj`` under ``name``, see :meth:`Objects.publish`."""
+        self.objects.publish(name, obj, **options)
 
     @property
     def rooms(self) -> Rooms | None:

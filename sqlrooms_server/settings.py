@@ -242,6 +242,14 @@ class Settings:
         "Largest result of a named query over HTTP, which waits in memory until it is complete.",
         unit="size",
     )
+    max_object_streams: int = _setting(
+        64, "Objects of plugins that one connection may have open (object-open)."
+    )
+    max_object_references: int = _setting(
+        1000,
+        "References to tables and other objects that one connection may hold; each keeps its "
+        "object in memory.",
+    )
     memory_limit: str = _setting(
         "", "Memory that DuckDB may use, such as 4GB; without it, four fifths of the machine's."
     )
@@ -315,6 +323,8 @@ class Settings:
             ("plugin_timeout", 0, 7 * 24 * 3600),
             ("plugin_workers", 0, 1024),
             ("plugin_backlog", 1, 1_000_000),
+            ("max_object_streams", 1, 1_000_000),
+            ("max_object_references", 1, 10_000_000),
             ("threads", 0, 1024),
             ("workers", 0, 1024),
             # uWebSockets ends the process for anything outside.

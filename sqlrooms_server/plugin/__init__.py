@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from sqlrooms_server.plugin.client import Client
 from sqlrooms_server.plugin.hooks import HOOKS, Hooks
+from sqlrooms_server.plugin.objects import ObjectConnection, ObjectStream, ObjectType, as_type
 from sqlrooms_server.plugin.values import Action, Credentials, Outcome, Query, Response
 
 __all__ = [
@@ -18,6 +19,9 @@ __all__ = [
     "Action",
     "Client",
     "Credentials",
+    "ObjectConnection",
+    "ObjectStream",
+    "ObjectType",
     "Outcome",
     "Plugin",
     "Query",
@@ -106,6 +110,16 @@ class Plugin(Hooks):
             raise ValueError(f"Plugin {self.name!r}: there is no hook {name!r}; known are {known}.")
         setattr(self, name, function)
         return function
+
+    # Objects that clients use.
+
+    # Types that the plugin brings, see :class:`ObjectType`: made ones, or classes.
+    object_types: Sequence[Any] = ()
+
+    def object_type(self, given: _F) -> _F:
+        """Decorate a class of :class:`ObjectType`, or register one that is made."""
+        self.object_types = [*self.object_types, as_type(given)]
+        return given
 
     # The phases of its life, in this order.
 

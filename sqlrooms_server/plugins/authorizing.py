@@ -67,7 +67,7 @@ ASKED: Mapping[type, Callable[[Any], tuple[str, str]]] = {
     RoomJoin: lambda message: ("crdt-join", message.room),
     RoomLeave: lambda message: ("crdt-leave", message.room),
     RoomSnapshot: lambda message: ("crdt-snapshot", message.room),
-    PluginMessage: lambda message: (message.kind, ""),
+    PluginMessage: lambda message: (message.kind, _object(message)),
 }
 
 # Handled in their turn without a question: what says nothing but a name, and what only members of
@@ -77,11 +77,16 @@ IN_TURN = (Hello, RoomUpdate, RoomPresence)
 # Handled at once: they are about what was allowed before, and must not wait behind it.
 AT_ONCE = (Auth, Cancel, Ack)
 
+# Messages of plugins that go on with an object, which was allowed when it was opened or fetched.
+_OF_OBJECTS = ("object-data", "object-ack", "object-close", "object-release")
+
 _CANCELLABLE = (Query, Live, Upload, UploadChunk, PluginMessage)
 
 
 def action_of(message: Message) -> Action | None:
     """What the sender of ``message`` wants to do; None for what nobody is asked about."""
+    if isinstance(message, PluginMessage) and message.kind in _OF_OBJECTS:
+        return None
     question = ASKED.get(type(message))
     return None if question is None else Action(*question(message), message)
 
@@ -91,6 +96,12 @@ def http_action(request: HttpRequest) -> Action:
     if request.method == "POST" and request.path.startswith(_CHANNELS):
         return Action("notify", unquote(request.path.removeprefix(_CHANNELS)))
     return Action("http", f"{request.method} {request.path}")
+
+
+def _object(message: PluginMessage) -> str:
+    """The name of the object that a message is about; of a reference, nothing."""
+    name = message.fields.get("object") if message.kind.startswith("object-") else None
+    return name if isinstance(name, str) else ""
 
 
 def _tables(watch: Watch) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -13,6 +13,7 @@ from sqlrooms_server.features.channels import Channels
 from sqlrooms_server.features.connections import Connections
 from sqlrooms_server.messages import Message, Params
 from sqlrooms_server.peer import Peer
+from sqlrooms_server.plugins.objects import Objects
 from sqlrooms_server.plugins.runner import Runner
 from sqlrooms_server.protocol import encode_value
 from sqlrooms_server.settings import Settings
@@ -31,6 +32,7 @@ class Host:
         runner: Runner,
         channels: Channels,
         connections: Connections,
+        objects: Objects,
         roles: Callable[[], Mapping[str, Role]],
         app: str = "",
         path: str = "",
@@ -41,6 +43,7 @@ class Host:
         self.path = path
         self.channels = channels
         self.connections = connections
+        self.objects = objects
         self._runner = runner
         self._roles = roles
         self._engine: Engine | None = None
@@ -76,6 +79,25 @@ class Host:
     ) -> None:
         """Send a JSON object with a ``type`` to all connections of ``user``, to one, or to all."""
         self._runner.post(self.connections.send, encode_value(message), user, connection)
+
+    def publish(
+        self,
+        name: str,
+        obj: Any,
+        *,
+        users: Iterable[str] | None = None,
+        roles: Iterable[str] | None = None,
+    ) -> None:
+        """Let clients use ``obj`` under ``name``, see :meth:`Objects.publish`."""
+        self.objects.publish(name, obj, users=users, roles=roles)
+
+    def unpublish(self, name: str) -> bool:
+        """Take back what was published as ``name``; False when nothing was."""
+        return self.objects.unpublish(name)
+
+    def relation(self, sql: str, params: Params | None = None) -> values.Relation:
+        """What ``sql`` returns, to be published, see :meth:`Objects.relation`."""
+        return self.objects.relation(sql, params)
 
     def create_task(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         """Run ``coroutine`` on the loop of asyncio, until it ends or the server stops."""

@@ -216,12 +216,11 @@ class Running:
         )
 
     def _resume(self) -> None:
-        # Posted, since the job may end its first turn before submit() has returned it.
-        self._runner.post(self._resume_job)
-
-    def _resume_job(self) -> None:
         if self._job is not None:
             self._job.resume()
+        else:
+            # The job may end its first turn before submit() has returned it.
+            self._runner.post(self._resume)
 
     def _done(self, error: BaseException | None) -> None:
         self._runner.began(-1)
