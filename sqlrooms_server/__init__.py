@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sqlrooms_server.app_config import AppConfig
 from sqlrooms_server.errors import (
     BadRequest,
     Conflict,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 __all__ = [
     "Action",
+    "AppConfig",
     "BadRequest",
     "Client",
     "Conflict",

@@ -59,7 +59,8 @@ NO_OPTIONS = Options()
 class Query:
     """``{type: "arrow" | "json" | "exec", sql, queryId?}`` and options.
 
-    ``formats`` are those the reply may have, the best first; none for ``exec``.
+    ``formats`` are those the reply may have, the best first; none for ``exec``. ``is_trusted``: the
+    server itself made the text, which no client can say, so that no role bounds what it does.
     """
 
     kind: QueryKind
@@ -67,6 +68,7 @@ class Query:
     query_id: QueryId
     formats: tuple[Format, ...]
     options: Options = NO_OPTIONS
+    is_trusted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ LAYERS = [
     ["query_command"],
     ["errors"],
     ["settings"],
+    ["app_config"],
+    ["configuration"],
     ["messages"],
     ["protocol"],
     ["timers"],
@@ -32,8 +34,13 @@ LAYERS = [
     ["hub"],
     ["features"],
     ["plugins"],
+    ["builtin"],
     ["token_command"],
+    ["types_command"],
     ["database"],
+    ["together"],
+    ["databases"],
+    ["mounts"],
     ["app"],
     ["server"],
     ["cli"],
@@ -53,7 +60,7 @@ OWNERS = {
     "pyarrow": {"db/", "client/", "query_command/"},
     "websockets": {"client/"},
     "ujson": {"protocol/", "db/json_rows.py", "db/plans.py", "client/"},
-    "tomllib": {"settings.py"},
+    "tomllib": {"configuration.py"},
 }
 
 

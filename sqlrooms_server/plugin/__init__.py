@@ -129,6 +129,9 @@ class Plugin(Hooks):
     def started(self) -> Any:
         """The database is open, and no message has been handled yet."""
 
+    def reload(self) -> Any:
+        """The server was told to read its files again (SIGHUP)."""
+
     def stopping(self) -> Any:
         """Nobody can connect any more; what is under way ends now. The database is still open."""
 
@@ -159,7 +162,7 @@ class Plugin(Hooks):
         return register
 
 
-_EVENTS = ("starting", "started", "stopping", "stopped", "opened", "closed")
+_EVENTS = ("starting", "started", "reload", "stopping", "stopped", "opened", "closed")
 
 
 def on(kind: str) -> Callable[[_F], _F]:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 # For each plugin, when the server stops.
 _STOP_SECONDS = 0.5
+# For each, when it reads its files again; nobody waits for that but the next signal.
+_RELOAD_SECONDS = 60.0
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Plugins(Feature):
         runner: Runner,
         prepare: Callable[[Cursor, Client], None],
     ) -> None:
-        self._plugins = plugins
+        self._plugins = self.all = plugins
         self._host = host
         self._runner = runner
         self._prepare = prepare
@@ -108,6 +110,14 @@ class Plugins(Feature):
         for plugin in self._plugins:
             self._phase(plugin, "started")
         self._calls = Calls(engine, requests, self._runner, settings, self._prepare)
+
+    def reload(self) -> None:
+        """Tell those that have begun to read their files again."""
+        for plugin in self._begun:
+            try:
+                self._runner.phase(plugin, "reload", _RELOAD_SECONDS)
+            except Exception:  # guard: the thread that called stops the server, too
+                log.exception("Plugin %r failed on reload.", plugin.name)
 
     def end(self, phase: str) -> None:
         """Tell those that have begun that the server stops, or has stopped: the last one first."""

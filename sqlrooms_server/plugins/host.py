@@ -11,11 +11,13 @@ from sqlrooms_server.db import values
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.features.channels import Channels
 from sqlrooms_server.features.connections import Connections
-from sqlrooms_server.messages import Params
+from sqlrooms_server.messages import Message, Params
+from sqlrooms_server.peer import Peer
 from sqlrooms_server.plugins.objects import Objects
 from sqlrooms_server.plugins.runner import Runner
 from sqlrooms_server.protocol import encode_value
 from sqlrooms_server.settings import Settings
+from sqlrooms_server.timers import Timers
 
 
 class Host:
@@ -32,14 +34,22 @@ class Host:
         connections: Connections,
         objects: Objects,
         roles: Callable[[], Mapping[str, Role]],
+        app: str = "",
+        path: str = "",
     ) -> None:
         self.settings = settings
+        # The name of the app, and what its paths begin with; both empty for the server itself.
+        self.app = app
+        self.path = path
         self.channels = channels
         self.connections = connections
         self.objects = objects
         self._runner = runner
         self._roles = roles
         self._engine: Engine | None = None
+        # For plugins on the loop: what does a message of somebody, and forgets about somebody.
+        self.perform: Callable[[Peer, Message], None] = _nobody_there
+        self.leave: Callable[[Peer], None] = _nobody_there
 
     def start(self, engine: Engine) -> None:
         """For the server: the database is open."""
@@ -93,8 +103,20 @@ class Host:
         """Run ``coroutine`` on the loop of asyncio, until it ends or the server stops."""
         return self._runner.aio.spawn(coroutine)
 
+    def post(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call ``function`` on the loop, soon."""
+        self._runner.post(function, *arguments)
+
+    @property
+    def timers(self) -> Timers:
+        return self._runner.timers
+
     @property
     def engine(self) -> Engine:
         if self._engine is None:
             raise RuntimeError("The database is not open yet; wait for started().")
         return self._engine
+
+
+def _nobody_there(*_: Any) -> None:
+    raise RuntimeError("The database is not open yet; wait for started().")

@@ -16,7 +16,15 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 # What the server looks at; uWebSockets reads headers by name.
-_HEADERS = (b"host", b"origin", b"authorization", b"cookie", b"content-type", b"content-length")
+_HEADERS = (
+    b"host",
+    b"origin",
+    b"authorization",
+    b"cookie",
+    b"content-type",
+    b"content-length",
+    b"accept",
+)
 
 
 @dataclass(frozen=True, slots=True)
