@@ -60,8 +60,8 @@ _EARLY_ENTRY_BYTES = 200
 # For each step of taking a start back.
 _UNDO_SECONDS = 1.0
 
-# For plugins that are being told of queries, at least.
-_LAST_WORDS_SECONDS = 0.25
+# For plugins to be told of the last queries.
+_LAST_WORDS_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +203,7 @@ class App:
         ``is_quiet`` tells that no query runs any more.
         """
         self.channels.stop()
-        last = max(deadline - 2 * _UNDO_SECONDS, time.monotonic() + _LAST_WORDS_SECONDS)
-        self._journal.close(last)
+        self._journal.close(time.monotonic() + _LAST_WORDS_SECONDS)
         self.plugins.end("stopped")
         is_quiet = self.runner.close(deadline - _UNDO_SECONDS) and is_quiet
         if is_quiet:

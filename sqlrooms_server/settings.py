@@ -165,7 +165,7 @@ class Settings:
     stream_idle_timeout: int = _setting(
         60,
         "Seconds after which a chunked result that its client does not acknowledge, or a chunked "
-        "upload that it does not go on with, is given up.",
+        "upload or stream that it does not go on with, is given up.",
     )
     session_idle_timeout: int = _setting(
         600, "Seconds without a query after which a session ends and is rolled back."
@@ -233,14 +233,6 @@ class Settings:
         10_000,
         "Queries that are done and of which a plugin has not been told; it misses those over it.",
     )
-    max_object_streams: int = _setting(
-        64, "Objects of plugins that one connection may have open (object-open)."
-    )
-    max_object_references: int = _setting(
-        1000,
-        "References to tables and other objects that one connection may hold; each keeps its "
-        "object in memory.",
-    )
     queries: str = _setting(
         "",
         "Directory of named queries, a .sql file each, which clients ask for by name.",
@@ -250,6 +242,21 @@ class Settings:
         "Largest result of a named query over HTTP, which waits in memory until it is complete.",
         unit="size",
     )
+    max_object_streams: int = _setting(
+        64, "Objects of plugins that one connection may have open (object-open)."
+    )
+    max_object_references: int = _setting(
+        1000,
+        "References to tables and other objects that one connection may hold; each keeps its "
+        "object in memory.",
+    )
+    # As much as a connection with 100 ms to the server needs for 80 MB/s.
+    stream_window: int = _setting(
+        8 << 20,
+        "Bytes that a client may send ahead on each input of a stream of a plugin.",
+        unit="size",
+    )
+    max_streams_per_connection: int = _setting(32, "Streams of plugins of one connection.")
     memory_limit: str = _setting(
         "", "Memory that DuckDB may use, such as 4GB; without it, four fifths of the machine's."
     )
@@ -325,6 +332,8 @@ class Settings:
             ("plugin_backlog", 1, 1_000_000),
             ("max_object_streams", 1, 1_000_000),
             ("max_object_references", 1, 10_000_000),
+            ("stream_window", 1 << 10, 1 << 30),
+            ("max_streams_per_connection", 1, 1_000_000),
             ("threads", 0, 1024),
             ("workers", 0, 1024),
             # uWebSockets ends the process for anything outside.

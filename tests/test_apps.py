@@ -182,6 +182,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "crdt-snapshot": {"roomId": "r", "data": encoded(EMPTY)},
     "crdt-presence": {"roomId": "r", "data": encoded(b"secret")},
     "crdt-leave": {"roomId": "r"},
+    "streamAck": {"queryId": "chunks", "output": "x", "bytes": 1 << 40},
     "echo": {"queryId": "4"},
 }
 
@@ -216,6 +217,7 @@ def test_nothing_that_one_app_is_sent_is_heard_in_another(local: Local) -> None:
                     attacker.send_raw(framed({"type": "crdt-update", "roomId": "r"}, body))
             upload = {"type": "uploadArrow", "tableName": "t", "queryId": "5"}
             attacker.send_raw(framed(upload, ipc(duckdb.sql("select 669 as i").to_arrow_table())))
+            attacker.send_raw(framed({"type": "streamData", "queryId": "slow", "input": "x"}, b""))
             for to in ({"user": "ada"}, {"connection": me}):
                 attacker.send(type="notify", channel="news", payload=1, to=to, queryId="6")
             seen: set[Any] = set()
@@ -224,7 +226,7 @@ def test_nothing_that_one_app_is_sent_is_heard_in_another(local: Local) -> None:
                 found = reply.header if isinstance(reply, Arrow) else reply
                 seen.add(found.get("queryId"))
                 assert found.get("delivered", 0) == 0
-            assert BINARY_KINDS == ("uploadArrow", "crdt-update")
+            assert BINARY_KINDS == ("uploadArrow", "crdt-update", "streamData")
         headers = {"Content-Type": "application/json"}
         for place in ("/a", ""):
             answer = local.http("POST", f"{place}/channels/news?user=ada", '"x"', **headers)
@@ -515,6 +517,7 @@ def test_a_start_that_fails_at_the_second_app_is_taken_back(tmp_path: Path) -> N
 
 
 def test_each_setting_is_of_the_server_of_the_app_or_inherited() -> None:
+    """A new one belongs into one of the sets of ``app_config``."""
     kinds = (OF_THE_SERVER, OWN, CREDENTIALS, INHERITED)
     assert frozenset().union(*kinds) == {field.name for field in fields()}
     assert sum(map(len, kinds)) == len(fields())
