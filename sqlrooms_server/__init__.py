@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Response,
         on,
         route,
+        stream,
     )
     from sqlrooms_server.server import Server
 
@@ -61,6 +62,7 @@ __all__ = [
     "__version__",
     "on",
     "route",
+    "stream",
 ]
 
 # They load DuckDB and the WebSocket library, which the client needs neither of.
@@ -78,6 +80,7 @@ _LATER = {
     "Server": "server",
     "on": "plugin",
     "route": "plugin",
+    "stream": "plugin",
 }
 
 

@@ -259,6 +259,31 @@ class PluginMessage:
     size: int = 0
 
 
+# Kinds of messages that go on with an object that their sender has opened or fetched.
+OF_OPEN_OBJECTS = ("object-data", "object-ack", "object-close", "object-release")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamData:
+    """Binary, header ``{type: "streamData", queryId, input, seq, last?}``, body a part of the
+    Arrow IPC stream of an input."""
+
+    query_id: QueryId
+    input: str
+    body: memoryview
+    seq: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StreamAck:
+    """``{type: "streamAck", queryId, output, bytes}``: the bytes of an output consumed so far."""
+
+    query_id: QueryId
+    output: str
+    size: int
+
+
 Message = (
     Auth
     | Hello
@@ -282,4 +307,6 @@ Message = (
     | RoomUpdate
     | RoomPresence
     | PluginMessage
+    | StreamData
+    | StreamAck
 )

@@ -165,7 +165,7 @@ class Settings:
     stream_idle_timeout: int = _setting(
         60,
         "Seconds after which a chunked result that its client does not acknowledge, or a chunked "
-        "upload that it does not go on with, is given up.",
+        "upload or stream that it does not go on with, is given up.",
     )
     session_idle_timeout: int = _setting(
         600, "Seconds without a query after which a session ends and is rolled back."
@@ -250,6 +250,13 @@ class Settings:
         "References to tables and other objects that one connection may hold; each keeps its "
         "object in memory.",
     )
+    # As much as a connection with 100 ms to the server needs for 80 MB/s.
+    stream_window: int = _setting(
+        8 << 20,
+        "Bytes that a client may send ahead on each input of a stream of a plugin.",
+        unit="size",
+    )
+    max_streams_per_connection: int = _setting(32, "Streams of plugins of one connection.")
     memory_limit: str = _setting(
         "", "Memory that DuckDB may use, such as 4GB; without it, four fifths of the machine's."
     )
@@ -325,6 +332,8 @@ class Settings:
             ("plugin_backlog", 1, 1_000_000),
             ("max_object_streams", 1, 1_000_000),
             ("max_object_references", 1, 10_000_000),
+            ("stream_window", 1 << 10, 1 << 30),
+            ("max_streams_per_connection", 1, 1_000_000),
             ("threads", 0, 1024),
             ("workers", 0, 1024),
             # uWebSockets ends the process for anything outside.

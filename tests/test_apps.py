@@ -182,6 +182,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "crdt-snapshot": {"roomId": "r", "data": encoded(EMPTY)},
     "crdt-presence": {"roomId": "r", "data": encoded(b"secret")},
     "crdt-leave": {"roomId": "r"},
+    "streamAck": {"queryId": "chunks", "output": "x", "bytes": 1 << 40},
     "echo": {"queryId": "4"},
     "object-list": {"queryId": "7", "watch": True},
     "object-fetch": {"object": "model", "queryId": "8"},
@@ -226,6 +227,7 @@ def test_nothing_that_one_app_is_sent_is_heard_in_another(local: Local) -> None:
                     attacker.send_raw(framed({"type": "crdt-update", "roomId": "r"}, body))
             upload = {"type": "uploadArrow", "tableName": "t", "queryId": "5"}
             attacker.send_raw(framed(upload, ipc(duckdb.sql("select 669 as i").to_arrow_table())))
+            attacker.send_raw(framed({"type": "streamData", "queryId": "slow", "input": "x"}, b""))
             for to in ({"user": "ada"}, {"connection": me}):
                 attacker.send(type="notify", channel="news", payload=1, to=to, queryId="6")
             seen: set[Any] = set()
@@ -236,7 +238,7 @@ def test_nothing_that_one_app_is_sent_is_heard_in_another(local: Local) -> None:
                 assert found.get("delivered", 0) == 0 and found.get("objects", []) == []
                 if found.get("queryId") in ("8", "9"):
                     assert found["code"] == "not_found"
-            assert BINARY_KINDS == ("uploadArrow", "crdt-update")
+            assert BINARY_KINDS == ("uploadArrow", "crdt-update", "streamData")
         local.server.main.objects.publish("other", duckdb.sql("select 8 as i").to_arrow_table())
         headers = {"Content-Type": "application/json"}
         for place in ("/a", ""):

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 from sqlrooms_server.plugin.client import Client
 from sqlrooms_server.plugin.hooks import HOOKS, Hooks
 from sqlrooms_server.plugin.objects import ObjectConnection, ObjectStream, ObjectType, as_type
+from sqlrooms_server.plugin.streams import Stream, check_handler, stream_of
 from sqlrooms_server.plugin.values import Action, Credentials, Outcome, Query, Response
 
 __all__ = [
@@ -27,8 +28,10 @@ __all__ = [
     "Query",
     "Response",
     "Route",
+    "Stream",
     "on",
     "route",
+    "stream",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -93,6 +96,14 @@ class Plugin(Hooks):
             for (method, path, is_public), answer in found.items()
         ]
 
+    @property
+    def streams(self) -> Mapping[Stream, Callable[..., Any]]:
+        """What handles its streams of batches. Raises ``ValueError``."""
+        found = {**_marked(self, "stream"), **self._registered("stream")}
+        for stream, handler in found.items():
+            check_handler(stream, handler)
+        return found
+
     def on(self, kind: str) -> Callable[[_F], _F]:
         """Decorate what answers messages of the type ``kind``; see :class:`plugins.calls.Call`."""
         return self._registering("on", kind)
@@ -100,6 +111,13 @@ class Plugin(Hooks):
     def route(self, method: str, path: str, *, is_public: bool = False) -> Callable[[_F], _F]:
         """Decorate what answers HTTP requests; see :class:`Route`."""
         return self._registering("route", (method.upper(), path, is_public))
+
+    def stream(
+        self, kind: str, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+    ) -> Callable[[_F], _F]:
+        """Decorate what handles streams of the type ``kind``: a class, whose objects each handle
+        one, or an async function. See :class:`plugins.stream_calls.StreamCall`."""
+        return self._registering("stream", stream_of(kind, inputs, outputs))
 
     def hook(self, function: _F) -> _F:
         """Decorate a function that has the name of a hook, see :mod:`plugin.hooks`, or of a phase
@@ -173,6 +191,13 @@ def on(kind: str) -> Callable[[_F], _F]:
 def route(method: str, path: str, *, is_public: bool = False) -> Callable[[_F], _F]:
     """Decorate a method of a plugin as :meth:`Plugin.route` does a function."""
     return _marking("route", (method.upper(), path, is_public))
+
+
+def stream(
+    kind: str, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+) -> Callable[[_F], _F]:
+    """Decorate a class in a plugin, or a method of it, as :meth:`Plugin.stream` does others."""
+    return _marking("stream", stream_of(kind, inputs, outputs))
 
 
 def _marking(what: str, key: Any) -> Callable[[_F], _F]:

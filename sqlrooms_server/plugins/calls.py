@@ -168,6 +168,9 @@ class Calls:
     def request(self, peer: Peer, message: PluginMessage) -> PromptRequest:
         """What answers ``message``."""
         options = message.options
+        if options.window is not None and not options.stream:
+            text = "window is for chunked results; add stream: true."
+            raise BadRequest(text, message.query_id)
         if options.stream:
             return _ChunkedCall(
                 self._requests,
