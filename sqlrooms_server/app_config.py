@@ -38,7 +38,8 @@ INHERITED = frozenset(
     "max_live_per_connection max_live sync max_rooms max_rooms_per_connection max_room_size "
     "max_update_size update_rate room_history room_idle_timeout room_memory cache_dir cache_size "
     "no_cache plugin_timeout plugin_workers plugin_backlog max_http_result "
-    "max_object_streams max_object_references memory_limit threads".split()
+    "max_object_streams max_object_references stream_window max_streams_per_connection "
+    "memory_limit threads".split()
 )
 
 # They become part of the names of files.

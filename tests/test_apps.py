@@ -182,6 +182,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "crdt-snapshot": {"roomId": "r", "data": encoded(EMPTY)},
     "crdt-presence": {"roomId": "r", "data": encoded(b"secret")},
     "crdt-leave": {"roomId": "r"},
+    "streamAck": {"queryId": "slow", "output": "line", "bytes": 1 << 40},
     "echo": {"queryId": "4"},
 }
 
