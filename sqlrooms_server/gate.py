@@ -16,10 +16,12 @@ from sqlrooms_server.access.strangers import Strangers
 from sqlrooms_server.access.token_file import TokenFile
 from sqlrooms_server.errors import Busy, ServerError, StartupError, Unauthorized
 from sqlrooms_server.messages import (
+    OF_OPEN_OBJECTS,
     Ack,
     Auth,
     Cancel,
     Message,
+    PluginMessage,
     RoomPresence,
     RoomUpdate,
     StreamAck,
@@ -333,6 +335,8 @@ class Gate:
     def check_rate(self, peer: Peer, message: Message) -> None:
         """Raise ``Busy`` when ``peer`` asks more often than its role may."""
         role = peer.role
+        if isinstance(message, PluginMessage) and message.kind in OF_OPEN_OBJECTS:
+            return
         if not isinstance(message, _NO_REQUESTS) and not self._may_ask(role, peer):
             text = (
                 f"This connection sends more than {role.request_rate} requests a second, which is "

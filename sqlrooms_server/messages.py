@@ -259,6 +259,10 @@ class PluginMessage:
     size: int = 0
 
 
+# Kinds of messages that go on with an object that their sender has opened or fetched.
+OF_OPEN_OBJECTS = ("object-data", "object-ack", "object-close", "object-release")
+
+
 @dataclass(frozen=True, slots=True)
 class StreamData:
     """Binary, header ``{type: "streamData", queryId, input, seq, last?}``, body a part of the

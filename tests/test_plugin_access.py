@@ -234,7 +234,7 @@ def test_a_server_with_such_a_plugin_needs_no_other_token(launch: Launch, plugin
 
     whoami(plugin)
     local = launch(plugin, host="0.0.0.0")
-    assert local.server.needs_token
+    assert local.server.main.gate.needs_token
     with local.connect("/?token=ada") as wire:
         assert wire.request(type="who")["data"] == ["ada", "admin"]
     with local.connect() as wire:

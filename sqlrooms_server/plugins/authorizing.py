@@ -11,6 +11,7 @@ from urllib.parse import unquote
 from sqlrooms_server.access import Identity
 from sqlrooms_server.errors import Busy, Cancelled, QueryId, ServerError
 from sqlrooms_server.messages import (
+    OF_OPEN_OBJECTS,
     Ack,
     Auth,
     CacheStats,
@@ -79,15 +80,12 @@ IN_TURN = (Hello, RoomUpdate, RoomPresence)
 # Handled at once: they are about what was allowed before, and must not wait behind it.
 AT_ONCE = (Auth, Cancel, Ack, StreamAck, StreamData)
 
-# Messages of plugins that go on with an object, which was allowed when it was opened or fetched.
-_OF_OBJECTS = ("object-data", "object-ack", "object-close", "object-release")
-
 _CANCELLABLE = (Query, Live, Upload, UploadChunk, PluginMessage)
 
 
 def action_of(message: Message) -> Action | None:
     """What the sender of ``message`` wants to do; None for what nobody is asked about."""
-    if isinstance(message, PluginMessage) and message.kind in _OF_OBJECTS:
+    if isinstance(message, PluginMessage) and message.kind in OF_OPEN_OBJECTS:
         return None
     question = ASKED.get(type(message))
     return None if question is None else Action(*question(message), message)
@@ -101,8 +99,10 @@ def http_action(request: HttpRequest) -> Action:
 
 
 def _object(message: PluginMessage) -> str:
-    """The name of the object that a message is about; of a reference, nothing."""
-    name = message.fields.get("object") if message.kind.startswith("object-") else None
+    """The name of the object, or of the query, that a message is about; of a reference, nothing."""
+    field = "name" if message.kind == "named" else "object"
+    is_ours = message.kind == "named" or message.kind.startswith("object-")
+    name = message.fields.get(field) if is_ours else None
     return name if isinstance(name, str) else ""
 
 
