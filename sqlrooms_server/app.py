@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sqlrooms_server import routing
 from sqlrooms_server.access import Access, Identity
 from sqlrooms_server.database import Database
 from sqlrooms_server.errors import Busy, ServerError, ShuttingDown, StartupError
@@ -339,20 +340,15 @@ class App:
         log.debug("%s left.", peer.id)
 
     def http(self, request: HttpRequest, exchange: Exchange) -> None:
-        known = (route for feature in self._features for route in feature.routes)
-        routes = [route for route in known if _is_below(request.path, route.path)]
-        allowed = [route for route in routes if route.method == request.method]
-        if not routes:
-            exchange.respond(404, b"not found")
-        elif not allowed:
-            methods = " or ".join(sorted({route.method for route in routes}))
-            exchange.respond(405, f"only {methods} is allowed here".encode())
-        elif allowed[0].is_public:
-            allowed[0].answer(request, exchange, self.gate.known(request))
+        exchange.add_headers(self.gate.shared_with(request))
+        routes = (route for feature in self._features for route in feature.routes)
+        route = routing.route_for(routes, request, exchange, self.gate)
+        if route is None:
+            return
+        if route.is_public:
+            self._answer_with(route, request, exchange, self.gate.known(request))
         else:
-            self.gate.identify(
-                request, lambda found: self._answer(allowed[0], request, exchange, found)
-            )
+            self.gate.identify(request, lambda found: self._answer(route, request, exchange, found))
 
     def _answer(
         self,
@@ -366,7 +362,7 @@ class App:
             exchange.respond(found.status, found.text.encode())
             return
         if self._authorizer is None:
-            _answer_with(route, request, exchange, found)
+            self._answer_with(route, request, exchange, found)
             return
         if not self._is_ready:
             # Plugins have not started.
@@ -375,12 +371,22 @@ class App:
 
         def then(error: ServerError | None) -> None:
             if error is None:
-                _answer_with(route, request, exchange, found)
+                self._answer_with(route, request, exchange, found)
             else:
                 refused = error_response(error)
                 exchange.respond(refused.status, refused.body, refused.content_type)
 
         self._authorizer.http(request, found, then)
+
+    def _answer_with(
+        self, route: Route, request: HttpRequest, exchange: Exchange, identity: Identity | None
+    ) -> None:
+        most = self._settings.max_notify_size
+        try:
+            routing.answer_with(route, request, exchange, identity, most)
+        except Exception:  # loop-callback guard: one that is never answered ends the process
+            log.exception("An HTTP request failed.")
+            exchange.respond(500, b"internal error")
 
     def _keep_early(self, peer: Peer, data: bytes, is_text: bool) -> None:
         size = len(data) + _EARLY_ENTRY_BYTES
@@ -389,18 +395,3 @@ class App:
             return
         self._early_bytes += size
         self._early.append((peer, data, is_text))
-
-
-def _answer_with(
-    route: Route, request: HttpRequest, exchange: Exchange, identity: Identity
-) -> None:
-    try:
-        route.answer(request, exchange, identity)
-    except Exception:  # loop-callback guard: an exchange that is never answered ends the process
-        log.exception("An HTTP request failed.")
-        exchange.respond(500, b"internal error")
-
-
-def _is_below(path: str, place: str) -> bool:
-    """Whether ``place`` is ``path``, or a directory of it."""
-    return path.startswith(place) if place.endswith("/") else path == place

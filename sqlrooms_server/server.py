@@ -73,7 +73,6 @@ class Server:
             self,
             TransportLimits(
                 max_message_size=settings.max_message_size,
-                max_body=settings.max_notify_size,
                 max_queued=settings.max_queued_bytes,
                 max_connections=settings.max_connections,
                 idle_timeout=settings.idle_timeout,
