@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from sqlrooms_server import routing
 from sqlrooms_server.access import Access, Identity
+from sqlrooms_server.builtin import configured
 from sqlrooms_server.database import Database
 from sqlrooms_server.errors import Busy, ServerError, ShuttingDown, StartupError
 from sqlrooms_server.features import Feature, MessageHandler, Route
@@ -95,6 +96,7 @@ class App:
         # Messages that came before the database was open, and their bytes.
         self._early: list[tuple[Peer, bytes, bool]] = []
         self._early_bytes = 0
+        plugins = [*configured(settings), *plugins]
         self._hooks = Chain(plugins)
         self._journal = Journal(self._hooks.query_done, settings.plugin_backlog)
         self.runner = Runner(settings, shared.timers, shared.post)

@@ -247,6 +247,15 @@ class Settings:
         10_000,
         "Queries that are done and of which a plugin has not been told; it misses those over it.",
     )
+    files: tuple[str, ...] = _setting(
+        (),
+        "Directories whose files clients can list, download and preview, as NAME=DIR; with "
+        "NAME=DIR:rw they can also upload, make directories and delete.",
+    )
+    max_file_size: int = _setting(1 << 30, "Largest file that a client may upload.", unit="size")
+    static: str = _setting(
+        "", "Directory with a front end, served at / to everybody who may reach the port."
+    )
     memory_limit: str = _setting(
         "", "Memory that DuckDB may use, such as 4GB; without it, four fifths of the machine's."
     )
@@ -319,6 +328,7 @@ class Settings:
             ("plugin_timeout", 0, 7 * 24 * 3600),
             ("plugin_workers", 0, 1024),
             ("plugin_backlog", 1, 1_000_000),
+            ("max_file_size", 1, 1 << 50),
             ("threads", 0, 1024),
             ("workers", 0, 1024),
             # uWebSockets ends the process for anything outside.

@@ -16,9 +16,7 @@ _SHOWN = (
     "Last-Modified, Location"
 )
 # What they may send, besides what forms can.
-_TAKEN = (
-    "Authorization, Content-Type, If-Match, If-Modified-Since, If-None-Match, If-Range, Range"
-)
+_TAKEN = "Authorization, Content-Type, If-Match, If-Modified-Since, If-None-Match, If-Range, Range"
 # Long enough for one sitting, short enough for changes of the settings.
 _SECONDS = 600
 

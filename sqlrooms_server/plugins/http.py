@@ -57,6 +57,7 @@ class HttpCall:
         self.headers: Mapping[str, str] = request.headers
         self.body = request.body
         self.identity = identity
+        self.request = request
         self.base = request.base
         host = request.forwarded_host or request.headers.get("host", "")
         self.origin = f"{request.scheme}://{host}"
@@ -156,6 +157,8 @@ class HttpCalls:
         exchange.receive(reader)
         # A lane of its own: those whose clients are slow keep nobody waiting.
         running = self._begin(plugin, route, call, exchange, Lane(), 0, patience.end)
+        if not exchange.is_open:
+            reader.on_lost()
 
 
 def as_response(value: Any) -> Response:

@@ -14,7 +14,6 @@ from sqlrooms_server.transport import native
 from sqlrooms_server.transport.connection import (
     FRAGMENT_BYTES,
     TURN_BYTES,
-    Chunk,
     Pull,
     Source,
     Whole,
@@ -214,9 +213,7 @@ class Exchange:
         self._source, self._length = source, length
         pointer = native.integer_pointer(self._number)
         native.lib.uws_res_on_writable(self._tls, self._res, self._wire.on_writable, pointer)
-        native.corked_response(
-            self._tls, self._res, lambda: self._write_head(status, given, None)
-        )
+        native.corked_response(self._tls, self._res, lambda: self._write_head(status, given, None))
         self.pump()
 
     def pump(self) -> None:
@@ -302,9 +299,7 @@ class Exchange:
         tls, res = self._tls, self._res
         has_room = True
         if len(rest):
-            has_room = native.lib.uws_res_write(
-                tls, res, native.ffi.from_buffer(rest), len(rest)
-            )
+            has_room = native.lib.uws_res_write(tls, res, native.ffi.from_buffer(rest), len(rest))
         if self._is_last:
             native.lib.uws_res_end(tls, res, b"", 0, False)
             self._complete()
@@ -348,9 +343,7 @@ class Exchange:
             native.resume_reading(self._tls, res, self._wire.loop, _SILENT_SECONDS)
         self._wire.refused(res, closes)
 
-    def _all_headers(
-        self, content_type: str, headers: Mapping[str, str] | None
-    ) -> dict[str, str]:
+    def _all_headers(self, content_type: str, headers: Mapping[str, str] | None) -> dict[str, str]:
         given = {"Content-Type": content_type, "Cache-Control": "no-store", **(headers or {})}
         for name, value in self._headers.items():
             # Vary is a list.

@@ -16,8 +16,8 @@ from sqlrooms_server.errors import StartupError
 from sqlrooms_server.transport import addresses, native, sockets
 from sqlrooms_server.transport.certificates import Certificate
 from sqlrooms_server.transport.connection import Connection
-from sqlrooms_server.transport.exchanges import TOO_MANY, Exchanges
 from sqlrooms_server.transport.exchange import Exchange
+from sqlrooms_server.transport.exchanges import TOO_MANY, Exchanges
 from sqlrooms_server.transport.http import HttpRequest, RequestReader
 from sqlrooms_server.transport.listening import Listeners
 from sqlrooms_server.transport.proxies import UNIX, Proxies
@@ -114,9 +114,7 @@ class Transport:
                 sockets.descriptors(),
             )
         )
-        self._exchanges = Exchanges(
-            self._tls, self._reader, self._sockets, handler.http, self.post
-        )
+        self._exchanges = Exchanges(self._tls, self._reader, self._sockets, handler.http, self.post)
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._wake_pending = False
         # Guards the wake-up against the end of the loop, after which it would touch freed memory.
