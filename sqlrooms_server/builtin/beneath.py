@@ -129,7 +129,10 @@ class Entry:
 
 
 class Root:
-    """A directory that holds what can be asked for. Methods raise ``NotFound`` and ``Forbidden``."""
+    """A directory that holds what can be asked for.
+
+    Methods raise ``NotFound`` and ``Forbidden``.
+    """
 
     def __init__(self, path: str, flag: str, settings: Settings) -> None:
         """``flag`` names the setting in a ``StartupError``."""

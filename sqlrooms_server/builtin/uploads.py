@@ -1,4 +1,4 @@
-"""Files that come over HTTP: not there before they are complete, and nothing left when they are not.
+"""Files that come over HTTP: there when they are complete, and nothing is left when they are not.
 
 On Linux a file under way has no name at all. Elsewhere, and on file systems that cannot do that, it
 has a hidden one and a lock, so that what a server that was killed left behind can be told from what
@@ -26,7 +26,7 @@ _NO_SUCH_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
 
 
 class Upload:
-    """A file on its way to the name ``names`` beneath ``root``. From any thread, one call at a time.
+    """A file on its way to ``names`` beneath ``root``. From any thread, one call at a time.
 
     Raises ``NotFound`` without its directory, and ``Conflict`` when something else has its name.
     """
