@@ -119,7 +119,14 @@ class App:
         )
         self.connections = Connections(shared.post, self.channels.channels_of)
         self.rooms: Rooms | None = None
-        host = Host(settings, self.runner, self.channels, self.connections, access.roles)
+        host = Host(
+            settings,
+            self.runner,
+            self.channels,
+            self.connections,
+            access.roles,
+            lambda: self.gate.needs_token,
+        )
         self.plugins = Plugins(plugins, host, self.runner, self._hooks.prepare)
         self._kinds = self.plugins.kinds
         # Those that need no database. The others join when it is open.

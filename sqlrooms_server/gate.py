@@ -343,13 +343,6 @@ class Gate:
         rate = role.request_rate
         return not rate or self._rates.setdefault(rate, Rates(rate)).allows(key)
 
-    def shared_with(self, request: HttpRequest) -> dict[str, str]:
-        """The headers that let the page which sent ``request`` read the answer, if it may."""
-        if "origin" not in request.headers:
-            return {}
-        may_come = self._access.origins.refuses(request) is None
-        return shared_with(request, may_come=may_come)
-
     def identify(self, request: HttpRequest, then: Callable[[Identity | Refusal], None]) -> None:
         """Tell ``then`` who sent ``request``, or why it is not answered. Later, if plugins are
         asked."""

@@ -28,6 +28,7 @@ def ask(
     method: str,
     path: str,
     body: bytes | Iterable[bytes] | None = None,
+    /,
     **headers: str,
 ) -> Answer:
     """One request on a connection of its own; ``_`` in names of headers stands for ``-``.

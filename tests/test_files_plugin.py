@@ -457,4 +457,4 @@ def test_files_of_the_server_are_not_served(tmp_path: Path) -> None:
     database = str(tmp_path / "deep" / "my.duckdb")
     for settings in ({"files": (f"a={tmp_path}",)}, {"static": str(tmp_path)}):
         with pytest.raises(StartupError, match=r"holds the database .*my\.duckdb"):
-            Server(Settings(db_path=database, **settings))  # type: ignore[arg-type]
+            Server(Settings(db_path=database, **settings))

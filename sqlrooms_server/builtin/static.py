@@ -82,7 +82,6 @@ class Static(Plugin):
         super().__init__("static")
         self._root = Root(settings.static, "--static", settings)
         self._origins = Origins(settings)
-        self._needs_token = bool(settings.auth_token or settings.tokens)
 
     @property
     def routes(self) -> list[Route]:
@@ -101,7 +100,7 @@ class Static(Plugin):
         return {
             "url": place.replace("http", "ws", 1),
             "httpUrl": place,
-            "needToken": self._needs_token,
+            "needToken": self.server.needs_token,
         }
 
     def _check_host(self, call: HttpCall) -> None:

@@ -30,12 +30,14 @@ class Host:
         channels: Channels,
         connections: Connections,
         roles: Callable[[], Mapping[str, Role]],
+        needs_token: Callable[[], bool] = lambda: False,
     ) -> None:
         self.settings = settings
         self.channels = channels
         self.connections = connections
         self._runner = runner
         self._roles = roles
+        self._needs_token = needs_token
         self._engine: Engine | None = None
 
     def start(self, engine: Engine) -> None:
@@ -46,6 +48,11 @@ class Host:
     def roles(self) -> Mapping[str, Role]:
         """The roles of the file of tokens, and ``admin``, by their names."""
         return self._roles()
+
+    @property
+    def needs_token(self) -> bool:
+        """Whether everybody must be known to somebody."""
+        return self._needs_token()
 
     def role(self, name: str) -> Role:
         """The role ``name``. Raises ``KeyError``, which names those there are."""
