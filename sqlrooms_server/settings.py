@@ -252,7 +252,13 @@ class Settings:
         "Directories whose files clients can list, download and preview, as NAME=DIR; with "
         "NAME=DIR:rw they can also upload, make directories and delete.",
     )
-    max_file_size: int = _setting(1 << 30, "Largest file that a client may upload.", unit="size")
+    # The transport takes bodies that say that they have 999,999,999 bytes at most.
+    max_file_size: int = _setting(
+        900 << 20,
+        "Largest file that a client may upload; over 999,999,999 bytes only with "
+        "Transfer-Encoding: chunked.",
+        unit="size",
+    )
     static: str = _setting(
         "", "Directory with a front end, served at / to everybody who may reach the port."
     )

@@ -270,6 +270,12 @@ def test_previews(place: Place, wire: Wire) -> None:
         assert preview(path)["code"] == code
     assert preview("box/t.parquet", limit=10**6)["code"] == "bad_request"
     assert preview("box/t.parquet", format="xml")["code"] == "bad_request"
+    # Two files that look the same from outside are not taken for each other.
+    for number in range(6):
+        pyarrow.parquet.write_table(pa.table({"n": [number]}), place.box / f"{number}.parquet")
+        os.utime(place.box / f"{number}.parquet", (1, 1))
+    for number in (0, 1, 2, 0, 3, 4, 5):
+        assert preview(f"box/{number}.parquet").table().to_pylist() == [{"n": number}]
     # What a preview may do, a client may not.
     reply = wire.request(type="json", sql=f"from '{place.box}/t.parquet'", queryId="q")
     assert reply["code"] == "forbidden"

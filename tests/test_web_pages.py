@@ -119,6 +119,8 @@ def test_only_pages_that_may_connect(serve: Callable[..., ServerProcess], tmp_pa
         "localhost by 127.0.0.1",
         "localhost by localhost",
         "localhost by localhost",
+        "over HTTP",
+        "over HTTP",
     ]
     server.stop()
     evil = f"http://{EVIL}:{site.port}"

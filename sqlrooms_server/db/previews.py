@@ -22,8 +22,9 @@ from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.json_rows import RowEncoder
 from sqlrooms_server.errors import BadRequest, Gone
 
-# Beside that of the clients, which has four fifths of the machine's.
-_LIMITS = {"memory_limit": "512MB", "threads": "2"}
+# Beside that of the clients, which has four fifths of the machine's. Nothing is remembered of a
+# file: the next one that has the same descriptor is another one.
+_LIMITS = {"memory_limit": "512MB", "threads": "2", "enable_external_file_cache": "false"}
 
 _PARQUET, _CSV, _JSON = "read_parquet", "read_csv", "read_json"
 _READERS = {
