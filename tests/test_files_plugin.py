@@ -368,7 +368,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(place: Place) -> None:
             threading.Event().wait(0.005)
         raise AssertionError("The file is still as it was.")
 
-    for _ in range(5):
+    for _ in range(20):
         connection = half_an_upload(place.port, "box/in/half")
         wait_for(True)
         assert ask(place.port, "GET", "/files/box/in/half").status == 404

@@ -144,7 +144,9 @@ class Files(Plugin):
                 await asyncio.to_thread(upload.write, data)
             about = await asyncio.to_thread(upload.finish, replaces=replaces)
         finally:
-            await asyncio.to_thread(upload.abandon)
+            # Also when this is cancelled while it waits, or a second time.
+            loop = asyncio.get_running_loop()
+            await asyncio.shield(loop.run_in_executor(None, upload.abandon))
         found = _described(Entry(names[-1], False, upload.size, about.st_mtime_ns))
         tag = etag(upload.size, about.st_mtime_ns)
         return Response(found, 201 if upload.is_new else 200, headers={"ETag": tag})
