@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sqlrooms_server.app_config import AppConfig
 from sqlrooms_server.errors import (
     BadRequest,
     Conflict,
@@ -24,18 +25,21 @@ if TYPE_CHECKING:
         Action,
         Client,
         Credentials,
+        ObjectType,
         Outcome,
         Plugin,
         Query,
         Response,
         on,
         route,
+        stream,
     )
     from sqlrooms_server.server import Server
 
 __version__ = "0.2.0.dev0"
 __all__ = [
     "Action",
+    "AppConfig",
     "BadRequest",
     "Client",
     "Conflict",
@@ -43,6 +47,7 @@ __all__ = [
     "Forbidden",
     "Identity",
     "NotFound",
+    "ObjectType",
     "Outcome",
     "Plugin",
     "Query",
@@ -57,6 +62,7 @@ __all__ = [
     "__version__",
     "on",
     "route",
+    "stream",
 ]
 
 # They load DuckDB and the WebSocket library, which the client needs neither of.
@@ -65,6 +71,7 @@ _LATER = {
     "Client": "plugin",
     "Credentials": "plugin",
     "Identity": "access",
+    "ObjectType": "plugin",
     "Outcome": "plugin",
     "Plugin": "plugin",
     "Query": "plugin",
@@ -73,6 +80,7 @@ _LATER = {
     "Server": "server",
     "on": "plugin",
     "route": "plugin",
+    "stream": "plugin",
 }
 
 

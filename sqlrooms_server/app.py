@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from sqlrooms_server import routing
 from sqlrooms_server.access import Access, Identity
+from sqlrooms_server.app_config import in_app
 from sqlrooms_server.builtin import configured
-from sqlrooms_server.database import Database
+from sqlrooms_server.databases import Databases
+from sqlrooms_server.db.room_store import RoomStore
 from sqlrooms_server.errors import Busy, ServerError, ShuttingDown, StartupError
 from sqlrooms_server.features import Feature, MessageHandler, Route
 from sqlrooms_server.features.cached import CachedQueries
@@ -40,6 +42,7 @@ from sqlrooms_server.plugins.authorizing import Authorizer
 from sqlrooms_server.plugins.feature import Plugins
 from sqlrooms_server.plugins.host import Host
 from sqlrooms_server.plugins.http import error_response
+from sqlrooms_server.plugins.objects import Objects
 from sqlrooms_server.plugins.runner import Runner
 from sqlrooms_server.protocol import Limits, decode, encode
 from sqlrooms_server.rooms.child import is_available
@@ -58,8 +61,8 @@ _EARLY_ENTRY_BYTES = 200
 # For each step of taking a start back.
 _UNDO_SECONDS = 1.0
 
-# For plugins that are being told of queries, at least.
-_LAST_WORDS_SECONDS = 0.25
+# For plugins to be told of the last queries.
+_LAST_WORDS_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,10 @@ class Shared:
 class App:
     """What stands behind one path of the server.
 
-    ``open`` opens the database, ``close`` closes it. Other methods are called by the server, on
-    the loop thread if nothing else is said.
+    ``open`` opens the database, ``close`` ends all but the database. Other methods are called by
+    the server, on the loop thread if nothing else is said.
+
+    ``name`` and ``path`` are empty for the server itself.
     """
 
     def __init__(
@@ -87,8 +92,13 @@ class App:
         access: Access,
         shared: Shared,
         plugins: Sequence[Plugin] = (),
+        *,
+        name: str = "",
+        path: str = "",
     ) -> None:
-        self._settings = settings
+        self.settings = self._settings = settings
+        self.name = name
+        self.path = path
         self._shared = shared
         self._limits = Limits(settings.max_message_size, settings.max_sql_length)
         self._handlers: dict[type, MessageHandler] = {}
@@ -119,24 +129,27 @@ class App:
         )
         self.connections = Connections(shared.post, self.channels.channels_of)
         self.rooms: Rooms | None = None
+        self.objects = Objects(settings, self.runner, plugins)
         host = Host(
-            settings,
-            self.runner,
-            self.channels,
-            self.connections,
-            access.roles,
-            lambda: self.gate.needs_token,
+            *(settings, self.runner, self.channels, self.connections, self.objects),
+            *(access.roles, lambda: self.gate.needs_token, name, path),
         )
-        self.plugins = Plugins(plugins, host, self.runner, self._hooks.prepare)
+        host.perform, host.leave = self._perform, self._leave
+        self.room_store: RoomStore | None = None
+        self.plugins = Plugins([*plugins, self.objects], host, self.runner, self._hooks.prepare)
         self._kinds = self.plugins.kinds
         # Those that need no database. The others join when it is open.
         self._features: Sequence[Feature] = (self.health, self.connections, self.plugins)
 
-    def open(self, scheduler: Scheduler) -> contextlib.ExitStack:
-        """Open the database, from the thread that starts; what undoes that.
+    def open(self, scheduler: Scheduler, databases: Databases) -> contextlib.ExitStack:
+        """Open the database, from the thread that starts; what undoes all but that.
 
         Raises ``StartupError``.
         """
+        with in_app(self.name):
+            return self._open(scheduler, databases)
+
+    def _open(self, scheduler: Scheduler, databases: Databases) -> contextlib.ExitStack:
         if self._settings.sync and not is_available():
             raise StartupError(
                 "--sync needs the package loro, which is not installed: "
@@ -146,20 +159,25 @@ class App:
             undo.callback(lambda: self.runner.close(time.monotonic() + _UNDO_SECONDS))
             undo.callback(self.plugins.end, "stopped")
             self.plugins.begin()
-            self.database = Database(self._settings)
-            undo.callback(
-                lambda: self.database.close(time.monotonic() + _UNDO_SECONDS, 0.0, is_quiet=False)
-            )
+            self.database = databases.open(self.name)
+            if self._settings.sync:
+                self.room_store = databases.open_rooms(self.name)
             undo.callback(
                 lambda: self.close_rooms(time.monotonic(), time.monotonic() + _UNDO_SECONDS)
             )
             self._join_features(scheduler)
+            self.objects.open(self.database.engine, self.requests)
             self.plugins.open(self.database.engine, self.requests, self._settings)
             return undo.pop_all()
 
     def begin(self) -> None:
         """Handle what came before the database was open."""
         self._shared.post(self._begin)
+
+    def reload(self) -> None:
+        """Read files again; those that are not right are logged, and change nothing."""
+        self.gate.reload()
+        self.plugins.reload()
 
     def drain(self) -> None:
         """No query is taken any more."""
@@ -170,7 +188,8 @@ class App:
         """End the processes of documents, and close their file."""
         if self.rooms is not None:
             self.rooms.pool.close(stopped_by)
-        self.database.close_rooms(closed_by)
+        if self.room_store is not None and not self.room_store.close(closed_by):
+            log.warning("The file of the rooms was not closed in time; nothing acked is lost.")
 
     def abandon(self) -> None:
         """Answer what is left, whether it ended or not."""
@@ -179,16 +198,18 @@ class App:
             self._shared.post(self._authorizer.abandon, reason)
         self._shared.post(self.requests.abandon, reason)
 
-    def close(self, deadline: float, cache_deadline: float, *, is_quiet: bool) -> bool:
-        """When the loop has ended: close the database, see :meth:`Database.close`."""
+    def close(self, deadline: float, *, is_quiet: bool) -> bool:
+        """When the loop has ended, and before the database is closed; whether all is quiet.
+
+        ``is_quiet`` tells that no query runs any more.
+        """
         self.channels.stop()
-        last = max(deadline - 2 * _UNDO_SECONDS, time.monotonic() + _LAST_WORDS_SECONDS)
-        self._journal.close(last)
+        self._journal.close(time.monotonic() + _LAST_WORDS_SECONDS)
         self.plugins.end("stopped")
         is_quiet = self.runner.close(deadline - _UNDO_SECONDS) and is_quiet
         if is_quiet:
             self.sessions.close_all()
-        return self.database.close(deadline, cache_deadline, is_quiet=is_quiet)
+        return is_quiet
 
     def _join_features(self, scheduler: Scheduler) -> None:
         settings, post, timers = self._settings, self._shared.post, self._shared.timers
@@ -210,9 +231,9 @@ class App:
             max_sessions=settings.max_sessions,
         )
         reader = None
-        if database.rooms is not None:
-            self.rooms = self._open_rooms()
-            reader = RoomReader(self.rooms, database.rooms, self.requests)
+        if self.room_store is not None:
+            self.rooms = self._open_rooms(self.room_store)
+            reader = RoomReader(self.rooms, self.room_store, self.requests)
         self.interception = Interception(engine, self._hooks, self._journal, post)
         taking_part = self.interception
         cached = CachedQueries(
@@ -239,9 +260,8 @@ class App:
         for feature in self._features:
             self._handlers.update(feature.handlers)
 
-    def _open_rooms(self) -> Rooms:
-        settings, store = self._settings, self.database.rooms
-        assert store is not None
+    def _open_rooms(self, store: RoomStore) -> Rooms:
+        settings = self._settings
         limits = RoomLimits(
             max_size=settings.max_room_size,
             memory=settings.room_memory,
@@ -342,16 +362,26 @@ class App:
 
     def closed(self, peer: Peer) -> None:
         self.gate.closed(peer)
+        self._leave(peer)
+        log.debug("%s left.", peer.id)
+
+    def _leave(self, peer: Peer) -> None:
         if self._authorizer is not None:
             self._authorizer.closed(peer)
         for feature in self._features:
             feature.closed(peer)
-        log.debug("%s left.", peer.id)
+
+    def _perform(self, peer: Peer, message: Message) -> None:
+        self._handlers[type(message)](peer, message)
+
+    @property
+    def routes(self) -> list[Route]:
+        """The HTTP requests that it answers. From any thread; more are there once it is open."""
+        return [route for feature in self._features for route in feature.routes]
 
     def http(self, request: HttpRequest, exchange: Exchange) -> None:
         exchange.add_headers(self.gate.shared_with(request))
-        routes = (route for feature in self._features for route in feature.routes)
-        route = routing.route_for(routes, request, exchange, self.gate)
+        route = routing.route_for(self.routes, request, exchange, self.gate)
         if route is None:
             return
         if route.is_public:

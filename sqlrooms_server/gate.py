@@ -17,12 +17,16 @@ from sqlrooms_server.access.strangers import Strangers
 from sqlrooms_server.access.token_file import TokenFile
 from sqlrooms_server.errors import Busy, ServerError, StartupError, Unauthorized
 from sqlrooms_server.messages import (
+    OF_OPEN_OBJECTS,
     Ack,
     Auth,
     Cancel,
     Message,
+    PluginMessage,
     RoomPresence,
     RoomUpdate,
+    StreamAck,
+    StreamData,
     UploadChunk,
 )
 from sqlrooms_server.peer import Peer
@@ -63,7 +67,7 @@ _POLICY = 1008
 _RESTART = 1012
 
 # What belongs to a request that was counted, or has a limit of its own.
-_NO_REQUESTS = (Ack, Cancel, UploadChunk, RoomUpdate, RoomPresence)
+_NO_REQUESTS = (Ack, Cancel, UploadChunk, RoomUpdate, RoomPresence, StreamAck, StreamData)
 
 
 class Question(Protocol):
@@ -332,6 +336,8 @@ class Gate:
     def check_rate(self, peer: Peer, message: Message) -> None:
         """Raise ``Busy`` when ``peer`` asks more often than its role may."""
         role = peer.role
+        if isinstance(message, PluginMessage) and message.kind in OF_OPEN_OBJECTS:
+            return
         if not isinstance(message, _NO_REQUESTS) and not self._may_ask(role, peer):
             text = (
                 f"This connection sends more than {role.request_rate} requests a second, which is "

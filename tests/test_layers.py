@@ -14,6 +14,8 @@ LAYERS = [
     ["query_command"],
     ["errors"],
     ["settings"],
+    ["app_config"],
+    ["configuration"],
     ["messages"],
     ["protocol"],
     ["timers"],
@@ -35,7 +37,11 @@ LAYERS = [
     ["plugins"],
     ["builtin"],
     ["token_command"],
+    ["types_command"],
     ["database"],
+    ["together"],
+    ["databases"],
+    ["mounts"],
     ["app"],
     ["server"],
     ["cli"],
@@ -55,7 +61,7 @@ OWNERS = {
     "pyarrow": {"db/", "client/", "query_command/"},
     "websockets": {"client/"},
     "ujson": {"protocol/", "db/json_rows.py", "db/plans.py", "client/"},
-    "tomllib": {"settings.py"},
+    "tomllib": {"configuration.py"},
 }
 
 

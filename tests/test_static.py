@@ -69,7 +69,7 @@ def test_files_and_pages(server: LocalServer) -> None:
         assert name in answer.headers
     assert b"docs" in get(server, "/docs/").body
     moved = get(server, "/docs")
-    assert (moved.status, moved.headers["location"]) == (308, "/docs/")
+    assert (moved.status, moved.headers["location"]) == (308, "./docs/")
     assert get(server, "/assets/x.wasm").headers["content-type"] == "application/wasm"
 
 

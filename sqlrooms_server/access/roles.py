@@ -81,11 +81,14 @@ NO_NAMES = Names([])
 class Role:
     """What everybody of a role may do. Of the numbers, 0 means that the role sets no limit.
 
+    ``queries`` are the named queries that it may run, whatever ``sql`` says; None for all of them,
+    within that.
     ``query_timeout`` is seconds, ``request_rate`` requests in a second and connection.
     """
 
     name: str
     sql: Policy = UNRESTRICTED
+    queries: Names | None = None
     read_channels: Names = ALL_NAMES
     write_channels: Names = ALL_NAMES
     read_rooms: Names = ALL_NAMES
@@ -105,6 +108,8 @@ class Role:
         """The role as ``user`` has it."""
         names = {name: getattr(self, name).of(user) for name in _OF_NAMES}
         names |= {name: getattr(self, name).of_paths(user) for name in _OF_FILES}
+        if self.queries is not None:
+            names["queries"] = self.queries.of(user)
         if all(getattr(self, name) is value for name, value in names.items()):
             return self
         return replace(self, **names)
@@ -116,6 +121,7 @@ ADMIN = Role(name="admin")
 NOBODY = Role(
     name="",
     sql=Policy(read_only=True, files=False, extensions=False, kinds=frozenset()),
+    queries=NO_NAMES,
     read_channels=NO_NAMES,
     write_channels=NO_NAMES,
     read_rooms=NO_NAMES,

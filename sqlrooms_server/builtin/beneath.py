@@ -12,7 +12,7 @@ import heapq
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from sqlrooms_server.errors import (
     ServerError,
     StartupError,
 )
+from sqlrooms_server.plugin import Plugin
 from sqlrooms_server.settings import Settings
 
 # Of a name, as most file systems have it, and of a whole path.
@@ -134,21 +135,25 @@ class Root:
     Methods raise ``NotFound`` and ``Forbidden``.
     """
 
-    def __init__(self, path: str, flag: str, settings: Settings) -> None:
+    def __init__(self, path: str, flag: str) -> None:
         """``flag`` names the setting in a ``StartupError``."""
         if os.open not in os.supports_dir_fd:
             raise StartupError(
                 f"{flag} needs Linux or macOS: this system opens files by path only."
             )
+        self.flag = flag
         self.path = Path(path).resolve()
         if not self.path.is_dir():
             raise StartupError(f"{flag}: {path} is no directory; create it, or drop it.")
-        for what, file in private_files(settings).items():
-            place = Path(file).resolve()
-            if place == self.path or self.path in place.parents:
-                raise StartupError(
-                    f"{flag}: {path} holds {what} {place}, a file of the server; move one of them."
-                )
+
+    def refuse(self, what: str, file: str) -> None:
+        """Raise ``StartupError`` when ``file``, which is of the server, lies in it."""
+        place = Path(file).resolve()
+        if place == self.path or self.path in place.parents:
+            raise StartupError(
+                f"{self.flag}: {self.path} holds {what} {place}, a file of the server; move one of "
+                "them."
+            )
 
     @contextmanager
     def directory(self, names: tuple[str, ...]) -> Iterator[int]:
@@ -228,6 +233,20 @@ class Root:
                 os.unlink(names[-1], dir_fd=directory)
             else:
                 raise NotFound("There is no such file or directory.")
+
+
+class ServesFiles(Plugin):
+    """A plugin that lets clients have what is in ``roots``."""
+
+    roots: Sequence[Root] = ()
+
+    def keep_from(self, settings: Iterable[Settings]) -> None:
+        """Raise ``StartupError`` when a root holds a file of a server or app that has
+        ``settings``."""
+        for one in settings:
+            for what, file in private_files(one).items():
+                for root in self.roots:
+                    root.refuse(what, file)
 
 
 def open_in(directory: int, name: str) -> OpenFile:

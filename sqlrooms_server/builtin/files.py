@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from sqlrooms_server.access.roles import NOBODY, Role
-from sqlrooms_server.builtin.beneath import Entry, Root, names_in
+from sqlrooms_server.builtin.beneath import Entry, Root, ServesFiles, names_in
 from sqlrooms_server.builtin.serving import answer, attachment, etag
 from sqlrooms_server.builtin.uploads import Upload, check_size
 from sqlrooms_server.db.previews import Previews
 from sqlrooms_server.errors import BadRequest, Conflict, Forbidden, NotFound, StartupError
-from sqlrooms_server.plugin import Plugin, Response, on, route
+from sqlrooms_server.plugin import Response, on, route
 from sqlrooms_server.plugins.calls import Call
 from sqlrooms_server.plugins.http import HttpCall
 from sqlrooms_server.settings import Settings
@@ -40,7 +40,7 @@ _HEADERS = {
 }
 
 
-class Files(Plugin):
+class Files(ServesFiles):
     """The roots of ``--files``. Raises ``StartupError`` for one that is not right."""
 
     def __init__(self, settings: Settings) -> None:
@@ -58,9 +58,11 @@ class Files(Plugin):
                 )
             if name in self._roots:
                 raise StartupError(f"--files has two directories of the name {name!r}.")
-            self._roots[name] = Root(path.removesuffix(_WRITABLE), f"--files {name}", settings)
+            self._roots[name] = Root(path.removesuffix(_WRITABLE), f"--files {name}")
             if path.endswith(_WRITABLE):
                 self._writable.add(name)
+        self.roots = list(self._roots.values())
+        self.keep_from([settings])
 
     def stopped(self) -> None:
         self._previews.close()

@@ -13,10 +13,10 @@ import re
 from typing import Any
 
 from sqlrooms_server.access.origins import Origins
-from sqlrooms_server.builtin.beneath import OpenFile, Root, names_in
+from sqlrooms_server.builtin.beneath import OpenFile, Root, ServesFiles, names_in
 from sqlrooms_server.builtin.serving import answer, is_known
 from sqlrooms_server.errors import Forbidden, NotFound, ServerError, TooLarge
-from sqlrooms_server.plugin import Plugin, Response, Route
+from sqlrooms_server.plugin import Response, Route
 from sqlrooms_server.plugins.http import HttpCall
 from sqlrooms_server.settings import Settings
 
@@ -75,12 +75,14 @@ _HEADERS = {
 }
 
 
-class Static(Plugin):
+class Static(ServesFiles):
     """The directory of ``--static``. Raises ``StartupError`` when it is not there."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__("static")
-        self._root = Root(settings.static, "--static", settings)
+        self._root = Root(settings.static, "--static")
+        self.roots = [self._root]
+        self.keep_from([settings])
         self._origins = Origins(settings)
 
     @property
@@ -122,7 +124,8 @@ class Static(Plugin):
         except NotFound:
             if not is_page and self._root.is_directory(names):
                 # Or links of the page in it would lead elsewhere.
-                return Response("", 308, headers={"Location": f"{call.base}{call.path}/"})
+                last = call.path.rpartition("/")[2]
+                return Response("", 308, headers={"Location": f"./{last}/"})
             wants_page = "text/html" in call.headers.get("accept", "")
             if not wants_page or (names and "." in names[-1]):
                 raise

@@ -84,7 +84,7 @@ class Result:
                 self._table = pa.Table.from_batches(list(self.batches), self.reader.schema)
             except _DATABASE_ERRORS as error:
                 raise query_failure(error) from error
-            self.batches = self._table.to_batches()
+            self.batches = iter(self._table.to_batches())
         return self._table
 
     def close(self) -> None:

@@ -6,9 +6,10 @@ The policy is what holds. The locks are for what it might have missed.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import duckdb
@@ -71,11 +72,15 @@ class Sandbox:
     temp_size: int = 0
 
     @classmethod
-    def of(cls, settings: Settings) -> Sandbox:
-        """Raises ``StartupError`` for a directory that is not there or holds too much."""
+    def of(cls, settings: Settings, others: Sequence[Settings] = ()) -> Sandbox:
+        """``others`` are those of other databases of this process.
+
+        Raises ``StartupError`` for a directory that is not there or holds too much.
+        """
         directories = Directories(settings.allow_dir)
-        for name, path in private_files(settings).items():
-            directories.refuse(name, path)
+        for one in (settings, *others):
+            for name, path in private_files(one).items():
+                directories.refuse(name, path)
         return cls(
             base_policy(settings),
             directories,
@@ -98,6 +103,8 @@ class Sandbox:
             yield
             return
         with contextlib.ExitStack() as stack:
+            if self.temp_directory:
+                _make(self.temp_directory)
             place = tempfile.mkdtemp(prefix="sqlrooms-temp-", dir=self.temp_directory or None)
             stack.callback(shutil.rmtree, place, ignore_errors=True)
             allowed = ", ".join(quote_literal(directory) for directory in self.directories)
@@ -120,3 +127,12 @@ class Sandbox:
                     f"--sandbox: DuckDB cannot be locked: {str(error).splitlines()[0]}"
                 ) from error
             yield
+
+
+def _make(directory: str) -> None:
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+        raise StartupError(
+            f"Cannot make the directory {directory} of --temp-directory: {error.strerror}."
+        ) from error

@@ -119,10 +119,10 @@ class Request:
             self._requests.post(self._start_stream)
         return self._outbox.put(chunk)
 
-    def reply(self, message: bytes) -> None:
-        """Set the whole reply, a text message."""
+    def reply(self, message: bytes, *, is_text: bool = True) -> None:
+        """Set the whole reply, one message."""
         self._reply = message
-        self.is_text = True
+        self.is_text = is_text
 
     @property
     def reply_size(self) -> int:

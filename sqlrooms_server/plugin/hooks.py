@@ -28,9 +28,9 @@ class Hooks:
         """Who presents ``credentials``; None when this plugin does not know.
 
         With a plugin that has it, everybody needs to be known. Plugins are asked about each
-        WebSocket, each ``auth`` message and each HTTP request that carries nothing the server itself
-        knows, until one of them knows it. Raise :class:`Unauthorized` to refuse without asking the
-        others. Nobody is asked about requests for public routes.
+        WebSocket, each ``auth`` message and each HTTP request that carries nothing the server
+        itself knows, until one of them knows it. Raise :class:`Unauthorized` to refuse without
+        asking the others. Nobody is asked about requests for public routes.
         """
         return None
 

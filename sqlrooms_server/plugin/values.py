@@ -31,8 +31,9 @@ class Action:
 
     ``kind`` is the type of its message (``arrow``, ``json``, ``exec``, ``live``, ``uploadArrow``,
     ``subscribe``, ``notify``, ``crdt-join``, that of a plugin, …), or ``http``. ``resource`` is
-    what it is about: the SQL, the name of the table, channel or room; of HTTP, ``GET /path``.
-    ``message`` is the decoded message, of :mod:`sqlrooms_server.messages`, if there is one.
+    what it is about: the SQL, the name of the table, channel, room or object; of HTTP,
+    ``GET /path``. ``message`` is the decoded message, of :mod:`sqlrooms_server.messages`, if there
+    is one.
     """
 
     kind: str

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 from sqlrooms_server.access import Identity
 from sqlrooms_server.errors import Busy, Cancelled, QueryId, ServerError
 from sqlrooms_server.messages import (
+    OF_OPEN_OBJECTS,
     Ack,
     Auth,
     CacheStats,
@@ -28,6 +29,8 @@ from sqlrooms_server.messages import (
     RoomPresence,
     RoomSnapshot,
     RoomUpdate,
+    StreamAck,
+    StreamData,
     Subscribe,
     Unsubscribe,
     Unwatch,
@@ -67,21 +70,23 @@ ASKED: Mapping[type, Callable[[Any], tuple[str, str]]] = {
     RoomJoin: lambda message: ("crdt-join", message.room),
     RoomLeave: lambda message: ("crdt-leave", message.room),
     RoomSnapshot: lambda message: ("crdt-snapshot", message.room),
-    PluginMessage: lambda message: (message.kind, ""),
+    PluginMessage: lambda message: (message.kind, _object(message)),
 }
 
-# Handled in their turn without a question: what says nothing but a name, and what only members of
-# a room can say, whose join was allowed.
-IN_TURN = (Hello, RoomUpdate, RoomPresence)
+# Handled in their turn without a question: what says nothing but a name, what only members of a
+# room can say, whose join was allowed, and what goes on with a stream, whose beginning was.
+IN_TURN = (Hello, RoomUpdate, RoomPresence, StreamData)
 
 # Handled at once: they are about what was allowed before, and must not wait behind it.
-AT_ONCE = (Auth, Cancel, Ack)
+AT_ONCE = (Auth, Cancel, Ack, StreamAck)
 
 _CANCELLABLE = (Query, Live, Upload, UploadChunk, PluginMessage)
 
 
 def action_of(message: Message) -> Action | None:
     """What the sender of ``message`` wants to do; None for what nobody is asked about."""
+    if isinstance(message, PluginMessage) and message.kind in OF_OPEN_OBJECTS:
+        return None
     question = ASKED.get(type(message))
     return None if question is None else Action(*question(message), message)
 
@@ -91,6 +96,14 @@ def http_action(request: HttpRequest) -> Action:
     if request.method == "POST" and request.path.startswith(_CHANNELS):
         return Action("notify", unquote(request.path.removeprefix(_CHANNELS)))
     return Action("http", f"{request.method} {request.path}")
+
+
+def _object(message: PluginMessage) -> str:
+    """The name of the object, or of the query, that a message is about; of a reference, nothing."""
+    field = "name" if message.kind == "named" else "object"
+    is_ours = message.kind == "named" or message.kind.startswith("object-")
+    name = message.fields.get(field) if is_ours else None
+    return name if isinstance(name, str) else ""
 
 
 def _tables(watch: Watch) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlrooms_server.db import values
-from sqlrooms_server.db.cursor import Cursor
+from sqlrooms_server.db.cursor import Cursor, Result
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.policy import Policy
 from sqlrooms_server.db.results import BROKEN_ARROW, arrow_chunks
@@ -173,6 +173,9 @@ class Calls:
     def request(self, peer: Peer, message: PluginMessage) -> PromptRequest:
         """What answers ``message``."""
         options = message.options
+        if options.window is not None and not options.stream:
+            text = "window is for chunked results; add stream: true."
+            raise BadRequest(text, message.query_id)
         if options.stream:
             return _ChunkedCall(
                 self._requests,
@@ -213,29 +216,36 @@ class Calls:
         """Answer ``request`` with what :func:`reply_of` made."""
         if reply.text is not None:
             request.reply(reply.text)
-            return
-        request.is_text = False
-        if reply.binary is not None:
+        elif reply.binary is None:
+            yield from self._table(request, message, reply.table)
+        elif request.is_chunked:
+            # Its chunks are for tables.
+            request.reply(reply.binary, is_text=False)
+        else:
+            request.is_text = False
             request.put(reply.binary)
-            return
-        yield from self._table(request, message, reply.table)
 
     def _table(self, request: Request, message: PluginMessage, value: Any) -> Work:
-        is_chunked = isinstance(request, ChunkedRequest)
         with values.opened(self._engine, value) as result:
-            if is_chunked:
+            if request.is_chunked:
                 result.count_rows()
-            prefix = b"" if is_chunked else arrow_prefix(message.query_id)
-            first = result.first_batch()
-            chunks = arrow_chunks(result, first, prefix, message.options.compression)
-            chunk = next(chunks)
-            for following in chunks:
-                yield Pause.FULL if request.put(chunk) else Pause.TURN
-                chunk = following
-            # No pause after the last one: a reply that is complete can no longer fail.
-            request.put(chunk)
-            if isinstance(request, ChunkedRequest):
-                request.summary = {"rows": result.rows}
+            yield from send_rows(request, message, result)
+
+
+def send_rows(request: Request, message: PluginMessage, result: Result) -> Work:
+    """Answer ``message`` with the rows of ``result``, which are counted if it wants chunks."""
+    request.is_text = False
+    prefix = b"" if request.is_chunked else arrow_prefix(message.query_id)
+    first = result.first_batch()
+    chunks = arrow_chunks(result, first, prefix, message.options.compression)
+    chunk = next(chunks)
+    for following in chunks:
+        yield Pause.FULL if request.put(chunk) else Pause.TURN
+        chunk = following
+    # No pause after the last one: a reply that is complete can no longer fail.
+    request.put(chunk)
+    if isinstance(request, ChunkedRequest):
+        request.summary = {"rows": result.rows}
 
 
 @dataclass(frozen=True, slots=True)
