@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sqlrooms_server import routing
 from sqlrooms_server.access import Access, Identity
 from sqlrooms_server.app_config import in_app
 from sqlrooms_server.builtin import configured
@@ -131,7 +132,7 @@ class App:
         self.objects = Objects(settings, self.runner, plugins)
         host = Host(
             *(settings, self.runner, self.channels, self.connections, self.objects),
-            *(access.roles, name, path),
+            *(access.roles, lambda: self.gate.needs_token, name, path),
         )
         host.perform, host.leave = self._perform, self._leave
         self.room_store: RoomStore | None = None
@@ -379,19 +380,14 @@ class App:
         return [route for feature in self._features for route in feature.routes]
 
     def http(self, request: HttpRequest, exchange: Exchange) -> None:
-        routes = [route for route in self.routes if _is_below(request.path, route.path)]
-        allowed = [route for route in routes if route.method == request.method]
-        if not routes:
-            exchange.respond(404, b"not found")
-        elif not allowed:
-            methods = " or ".join(sorted({route.method for route in routes}))
-            exchange.respond(405, f"only {methods} is allowed here".encode())
-        elif allowed[0].is_public:
-            allowed[0].answer(request, exchange, self.gate.known(request))
+        exchange.add_headers(self.gate.shared_with(request))
+        route = routing.route_for(self.routes, request, exchange, self.gate)
+        if route is None:
+            return
+        if route.is_public:
+            self._answer_with(route, request, exchange, self.gate.known(request))
         else:
-            self.gate.identify(
-                request, lambda found: self._answer(allowed[0], request, exchange, found)
-            )
+            self.gate.identify(request, lambda found: self._answer(route, request, exchange, found))
 
     def _answer(
         self,
@@ -405,7 +401,7 @@ class App:
             exchange.respond(found.status, found.text.encode())
             return
         if self._authorizer is None:
-            _answer_with(route, request, exchange, found)
+            self._answer_with(route, request, exchange, found)
             return
         if not self._is_ready:
             # Plugins have not started.
@@ -414,12 +410,22 @@ class App:
 
         def then(error: ServerError | None) -> None:
             if error is None:
-                _answer_with(route, request, exchange, found)
+                self._answer_with(route, request, exchange, found)
             else:
                 refused = error_response(error)
                 exchange.respond(refused.status, refused.body, refused.content_type)
 
         self._authorizer.http(request, found, then)
+
+    def _answer_with(
+        self, route: Route, request: HttpRequest, exchange: Exchange, identity: Identity | None
+    ) -> None:
+        most = self._settings.max_notify_size
+        try:
+            routing.answer_with(route, request, exchange, identity, most)
+        except Exception:  # loop-callback guard: one that is never answered ends the process
+            log.exception("An HTTP request failed.")
+            exchange.respond(500, b"internal error")
 
     def _keep_early(self, peer: Peer, data: bytes, is_text: bool) -> None:
         size = len(data) + _EARLY_ENTRY_BYTES
@@ -428,18 +434,3 @@ class App:
             return
         self._early_bytes += size
         self._early.append((peer, data, is_text))
-
-
-def _answer_with(
-    route: Route, request: HttpRequest, exchange: Exchange, identity: Identity
-) -> None:
-    try:
-        route.answer(request, exchange, identity)
-    except Exception:  # loop-callback guard: an exchange that is never answered ends the process
-        log.exception("An HTTP request failed.")
-        exchange.respond(500, b"internal error")
-
-
-def _is_below(path: str, place: str) -> bool:
-    """Whether ``place`` is ``path``, or a directory of it."""
-    return path.startswith(place) if place.endswith("/") else path == place

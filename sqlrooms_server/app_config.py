@@ -22,7 +22,9 @@ OF_THE_SERVER = frozenset(
 )
 
 # Data, code, and what opens them: an app that says nothing has the default, not that of the server.
-OWN = frozenset("db_path meta_db rooms_db temp_directory allow_dir plugin queries".split())
+OWN = frozenset(
+    "db_path meta_db rooms_db temp_directory allow_dir plugin queries files static".split()
+)
 
 # Those that say who may come: an app that has one of them has none of the server's, so that a token
 # of the server is none of that app.
@@ -37,7 +39,7 @@ INHERITED = frozenset(
     "max_channels max_notify_size notify_rate channel_history channel_history_ttl "
     "max_live_per_connection max_live sync max_rooms max_rooms_per_connection max_room_size "
     "max_update_size update_rate room_history room_idle_timeout room_memory cache_dir cache_size "
-    "no_cache plugin_timeout plugin_workers plugin_backlog max_http_result "
+    "no_cache plugin_timeout plugin_workers plugin_backlog max_http_result max_file_size "
     "max_object_streams max_object_references stream_window max_streams_per_connection "
     "memory_limit threads".split()
 )

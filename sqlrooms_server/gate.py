@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sqlrooms_server.access import EVERYBODY, Access, Identity
+from sqlrooms_server.access.cors import shared_with
 from sqlrooms_server.access.credentials import UNAUTHORIZED, Credentials
 from sqlrooms_server.access.roles import Role
 from sqlrooms_server.access.strangers import Strangers
@@ -189,7 +190,7 @@ class Gate:
 
     def upgrade(self, request: HttpRequest) -> Peer | Refusal:
         """The client that a WebSocket will belong to, or why it may not come."""
-        refusal = self._refusal(request)
+        refusal = self.refusal(request)
         if refusal is not None:
             return refusal
         peer = Peer(request)
@@ -351,7 +352,7 @@ class Gate:
     def identify(self, request: HttpRequest, then: Callable[[Identity | Refusal], None]) -> None:
         """Tell ``then`` who sent ``request``, or why it is not answered. Later, if plugins are
         asked."""
-        found: Identity | Refusal | None = self._refusal(request)
+        found: Identity | Refusal | None = self.refusal(request)
         if found is None and not self.needs_token:
             then(EVERYBODY)
             return
@@ -399,7 +400,15 @@ class Gate:
         found = self._over_http.of(request)
         return None if isinstance(found, Refusal) else found
 
-    def _refusal(self, request: HttpRequest) -> Refusal | None:
+    def shared_with(self, request: HttpRequest) -> dict[str, str]:
+        """The headers that let the page which sent ``request`` read the answer, if it may."""
+        if "origin" not in request.headers:
+            return {}
+        may_come = self._access.origins.refuses(request) is None
+        return shared_with(request, may_come=may_come)
+
+    def refusal(self, request: HttpRequest) -> Refusal | None:
+        """Why a page of that origin, or under that host name, may not come."""
         reason = self._access.origins.refuses(request)
         if reason is None:
             return None

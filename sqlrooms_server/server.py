@@ -14,6 +14,7 @@ from urllib.parse import quote
 from sqlrooms_server.access import Access
 from sqlrooms_server.app import App, Shared
 from sqlrooms_server.app_config import AppConfig, PluginOptions, in_app
+from sqlrooms_server.builtin.beneath import ServesFiles
 from sqlrooms_server.databases import Databases
 from sqlrooms_server.errors import StartupError
 from sqlrooms_server.features.channels import Channels
@@ -99,7 +100,6 @@ class Server:
             self,
             TransportLimits(
                 max_message_size=settings.max_message_size,
-                max_body=max(one.max_notify_size for one in (settings, *within.values())),
                 max_queued=settings.max_queued_bytes,
                 max_connections=settings.max_connections,
                 idle_timeout=settings.idle_timeout,
@@ -238,6 +238,8 @@ class Server:
         for app in self._apps:
             for plugin in app.plugins.all:
                 user = users.setdefault(id(plugin), app.name)
+                if isinstance(plugin, ServesFiles):
+                    plugin.keep_from([other.settings for other in self._apps])
                 if user != app.name:
                     called = f"app {user!r}" if user else "the server"
                     raise StartupError(
@@ -327,7 +329,10 @@ class Server:
 
 def _seen(request: HttpRequest, path: str) -> HttpRequest:
     """``request`` as an app sees it, to which it is one of ``path``."""
-    return request if path == request.path else replace(request, path=path or "/")
+    if path == request.path:
+        return request
+    base = request.path.removesuffix(path) if path else request.path
+    return replace(request, path=path or "/", base=base)
 
 
 def _below(request: HttpRequest) -> str:

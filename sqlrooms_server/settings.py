@@ -233,6 +233,21 @@ class Settings:
         10_000,
         "Queries that are done and of which a plugin has not been told; it misses those over it.",
     )
+    files: tuple[str, ...] = _setting(
+        (),
+        "Directories whose files clients can list, download and preview, as NAME=DIR; with "
+        "NAME=DIR:rw they can also upload, make directories and delete.",
+    )
+    # The transport takes bodies that say that they have 999,999,999 bytes at most.
+    max_file_size: int = _setting(
+        900 << 20,
+        "Largest file that a client may upload; over 999,999,999 bytes only with "
+        "Transfer-Encoding: chunked.",
+        unit="size",
+    )
+    static: str = _setting(
+        "", "Directory with a front end, served at / to everybody who may reach the port."
+    )
     queries: str = _setting(
         "",
         "Directory of named queries, a .sql file each, which clients ask for by name.",
@@ -330,6 +345,7 @@ class Settings:
             ("plugin_timeout", 0, 7 * 24 * 3600),
             ("plugin_workers", 0, 1024),
             ("plugin_backlog", 1, 1_000_000),
+            ("max_file_size", 1, 1 << 50),
             ("max_object_streams", 1, 1_000_000),
             ("max_object_references", 1, 10_000_000),
             ("stream_window", 1 << 10, 1 << 30),

@@ -31,6 +31,7 @@ LAYERS = [
     ["plugin"],
     ["rates"],
     ["gate"],
+    ["routing"],
     ["hub"],
     ["features"],
     ["plugins"],

@@ -203,6 +203,8 @@ def _role(name: str, entry: _Table) -> Role:
         write_channels=Names(entry.texts("write_channels") or ()),
         read_rooms=Names(entry.texts("read_rooms") or ()),
         write_rooms=Names(entry.texts("write_rooms") or ()),
+        read_files=Names(entry.texts("read_files") or ()),
+        write_files=Names(entry.texts("write_files") or ()),
         max_result_rows=entry.number("max_result_rows"),
         query_timeout=entry.number("query_timeout"),
         request_rate=entry.number("request_rate"),

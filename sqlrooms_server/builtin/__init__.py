@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from sqlrooms_server.builtin.files import Files
 from sqlrooms_server.builtin.named_queries import NamedQueries
+from sqlrooms_server.builtin.static import Static
 from sqlrooms_server.plugin import Plugin
 from sqlrooms_server.settings import Settings
 
@@ -12,4 +14,8 @@ def configured(settings: Settings) -> list[Plugin]:
     plugins: list[Plugin] = []
     if settings.queries:
         plugins.append(NamedQueries(settings))
+    if settings.files:
+        plugins.append(Files(settings))
+    if settings.static:
+        plugins.append(Static(settings))
     return plugins

@@ -37,6 +37,16 @@ _PRIVATE = (
 )
 
 
+def private_files(settings: Settings) -> dict[str, str]:
+    """Paths that are nobody's business, by what they are."""
+    paths = {
+        "the database": settings.db_path,
+        "the cache": "" if settings.no_cache else str(Place(settings.cache_dir, "").parent),
+        **{f"the file of {flag(name)}": getattr(settings, name) for name in _PRIVATE},
+    }
+    return {name: path for name, path in paths.items() if path and path != files.MEMORY}
+
+
 def base_policy(settings: Settings) -> Policy:
     """What bounds everybody, whatever their role."""
     if not settings.sandbox:
@@ -69,14 +79,8 @@ class Sandbox:
         """
         directories = Directories(settings.allow_dir)
         for one in (settings, *others):
-            private = {
-                "the database": one.db_path,
-                "the cache": "" if one.no_cache else Place(one.cache_dir, "").parent,
-                **{f"the file of {flag(name)}": getattr(one, name) for name in _PRIVATE},
-            }
-            for name, path in private.items():
-                if path and path != files.MEMORY:
-                    directories.refuse(name, path)
+            for name, path in private_files(one).items():
+                directories.refuse(name, path)
         return cls(
             base_policy(settings),
             directories,

@@ -43,8 +43,10 @@ _MARK = "_sqlrooms_marks"
 class Route:
     """What answers an HTTP request.
 
-    A ``path`` that ends in ``/`` stands for everything below it. Unless it ``is_public``, the
-    request must come from an origin and a host that may connect, with a token if one is needed.
+    A ``path`` that ends in ``/`` stands for everything below it; of several, the longest answers,
+    and one that ``is_fallback`` only where there is no other. GET answers HEAD, too. Unless it
+    ``is_public``, the request must come from an origin and a host that may connect, with a token if
+    one is needed. With ``streams_body``, it takes the body as it comes, however long it is.
 
     ``answer`` of a plugin on the loop is called with the request, the exchange, and who sent it,
     None for a stranger. That of others is called with an :class:`plugins.http.HttpCall`, and
@@ -55,6 +57,8 @@ class Route:
     path: str
     answer: Callable[..., Any]
     is_public: bool = False
+    streams_body: bool = False
+    is_fallback: bool = False
 
 
 class Plugin(Hooks):
@@ -92,8 +96,8 @@ class Plugin(Hooks):
         """The HTTP requests that it answers."""
         found = {**_marked(self, "route"), **self._registered("route")}
         return [
-            Route(method, path, answer, is_public)
-            for (method, path, is_public), answer in found.items()
+            Route(method, path, answer, is_public, streams_body)
+            for (method, path, is_public, streams_body), answer in found.items()
         ]
 
     @property
@@ -108,9 +112,11 @@ class Plugin(Hooks):
         """Decorate what answers messages of the type ``kind``; see :class:`plugins.calls.Call`."""
         return self._registering("on", kind)
 
-    def route(self, method: str, path: str, *, is_public: bool = False) -> Callable[[_F], _F]:
+    def route(
+        self, method: str, path: str, *, is_public: bool = False, streams_body: bool = False
+    ) -> Callable[[_F], _F]:
         """Decorate what answers HTTP requests; see :class:`Route`."""
-        return self._registering("route", (method.upper(), path, is_public))
+        return self._registering("route", (method.upper(), path, is_public, streams_body))
 
     def stream(
         self, kind: str, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
@@ -188,9 +194,11 @@ def on(kind: str) -> Callable[[_F], _F]:
     return _marking("on", kind)
 
 
-def route(method: str, path: str, *, is_public: bool = False) -> Callable[[_F], _F]:
+def route(
+    method: str, path: str, *, is_public: bool = False, streams_body: bool = False
+) -> Callable[[_F], _F]:
     """Decorate a method of a plugin as :meth:`Plugin.route` does a function."""
-    return _marking("route", (method.upper(), path, is_public))
+    return _marking("route", (method.upper(), path, is_public, streams_body))
 
 
 def stream(

@@ -95,16 +95,21 @@ class Call:
 
     @contextmanager
     def _cursor(self) -> Iterator[Cursor]:
-        with self._engine.cursor(self._policy) as cursor:
+        with self._engine.cursor(self._policy) as cursor, self.interrupting(cursor):
+            self._prepare(cursor, self.client)
+            yield cursor
+
+    @contextmanager
+    def interrupting(self, cursor: Cursor) -> Iterator[None]:
+        """While the block runs, :meth:`cancel` interrupts ``cursor``."""
+        with self._lock:
+            self._cursors.add(cursor)
+        try:
+            self.check()
+            yield
+        finally:
             with self._lock:
-                self._cursors.add(cursor)
-            try:
-                self.check()
-                self._prepare(cursor, self.client)
-                yield cursor
-            finally:
-                with self._lock:
-                    self._cursors.discard(cursor)
+                self._cursors.discard(cursor)
 
 
 class PromptRequest(Request):

@@ -34,6 +34,7 @@ class Host:
         connections: Connections,
         objects: Objects,
         roles: Callable[[], Mapping[str, Role]],
+        needs_token: Callable[[], bool],
         app: str = "",
         path: str = "",
     ) -> None:
@@ -46,6 +47,7 @@ class Host:
         self.objects = objects
         self._runner = runner
         self._roles = roles
+        self._needs_token = needs_token
         self._engine: Engine | None = None
         # For plugins on the loop: what does a message of somebody, and forgets about somebody.
         self.perform: Callable[[Peer, Message], None] = _nobody_there
@@ -59,6 +61,11 @@ class Host:
     def roles(self) -> Mapping[str, Role]:
         """The roles of the file of tokens, and ``admin``, by their names."""
         return self._roles()
+
+    @property
+    def needs_token(self) -> bool:
+        """Whether everybody must be known to somebody."""
+        return self._needs_token()
 
     def role(self, name: str) -> Role:
         """The role ``name``. Raises ``KeyError``, which names those there are."""

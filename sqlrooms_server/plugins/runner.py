@@ -84,11 +84,12 @@ class Runner:
         except BaseException as error:  # guard: also a SystemExit of a plugin is its own
             raise failure(plugin, what, error) from error
         try:
-            return finish((yield from self._awaited(value, resume)))
+            return finish((yield from self.awaited(value, resume)))
         except (Exception, SystemExit) as error:  # guard: a plugin must fail alone
             raise failure(plugin, what, error) from error
 
-    def _awaited(self, coroutine: Any, resume: Callable[[], None]) -> Generator[Pause, None, Any]:
+    def awaited(self, coroutine: Any, resume: Callable[[], None]) -> Generator[Pause, None, Any]:
+        """What ``coroutine`` returns, for the work of a job which ``resume`` lets go on."""
         future = self.aio.spawn(coroutine)
         future.add_done_callback(lambda _: resume())
         try:

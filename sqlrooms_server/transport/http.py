@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any
 
 from sqlrooms_server.transport import native
@@ -17,13 +16,9 @@ _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 # What the server looks at; uWebSockets reads headers by name.
 _HEADERS = (
-    b"host",
-    b"origin",
-    b"authorization",
-    b"cookie",
-    b"content-type",
-    b"content-length",
-    b"accept",
+    *(b"host", b"origin", b"authorization", b"cookie", b"content-type", b"content-length"),
+    *(b"transfer-encoding", b"accept", b"accept-encoding", b"range", b"if-range", b"if-match"),
+    *(b"if-none-match", b"if-modified-since", b"access-control-request-method"),
 )
 
 
@@ -33,7 +28,8 @@ class HttpRequest:
 
     ``remote_address`` is that of the client, also behind a trusted proxy, and ``unix`` for one that
     comes over a Unix socket. ``scheme`` and ``forwarded_host`` are what the client asked the proxy
-    for; without one, the latter is None. ``body`` is that of a ``POST``.
+    for; without one, the latter is None. ``body`` is empty until it was read, see
+    :class:`Exchange`. ``base`` is what stood before ``path`` and belongs to whoever serves an app.
     """
 
     method: str
@@ -45,6 +41,13 @@ class HttpRequest:
     is_from_proxy: bool = False
     scheme: str = "http"
     forwarded_host: str | None = None
+    base: str = ""
+
+    @property
+    def has_body(self) -> bool:
+        """Whether a body follows, or may follow."""
+        length = self.headers.get("content-length", "0")
+        return length.strip() != "0" or "transfer-encoding" in self.headers
 
 
 class RequestReader:
@@ -128,50 +131,6 @@ class RequestReader:
         for name in self._proxy_headers & lines.keys():
             headers[name] = ", ".join(lines[name])
         return self._proxies.client(peer, lines)
-
-
-class Exchange:
-    """An HTTP request that waits for its answer. Methods belong to the loop thread."""
-
-    def __init__(self, tls: int, res: Any) -> None:
-        self._tls = tls
-        self._res = res
-
-    @property
-    def is_open(self) -> bool:
-        """False once it was answered or the client went away."""
-        return self._res is not None
-
-    def respond(
-        self,
-        status: int,
-        body: bytes,
-        content_type: str = "text/plain; charset=utf-8",
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        """Answer; does nothing when that was done or the client is gone.
-
-        ``headers`` are further ones. Raises ``ValueError`` for one that holds the end of a line.
-        """
-        given = {"Content-Type": content_type, "Cache-Control": "no-store", **(headers or {})}
-        check_headers(given)
-        res, self._res = self._res, None
-        if res is None:
-            return
-        tls, reason = self._tls, f"{status} {HTTPStatus(status).phrase}".encode()
-        native.lib.uws_res_write_status(tls, res, reason, len(reason))
-        for name, value in ((n.encode("latin-1"), v.encode("latin-1")) for n, v in given.items()):
-            native.lib.uws_res_write_header(tls, res, name, len(name), value, len(value))
-        # A refused request may have a body under way, which nothing reads: close then.
-        native.lib.uws_res_end(tls, res, body, len(body), status != 200)
-
-    def respond_json(self, status: int, body: bytes) -> None:
-        """Answer with JSON text."""
-        self.respond(status, body, "application/json")
-
-    def aborted(self) -> None:
-        """For the transport: the client went away."""
-        self._res = None
 
 
 def check_headers(headers: Mapping[str, str]) -> None:
