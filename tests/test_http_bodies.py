@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import socket
@@ -70,6 +71,8 @@ class Bodies(Plugin):
         register("POST", "/slow", True)(self.slow)
         register("POST", "/early", True)(lambda call: Response("enough", 200))
         register("POST", "/refuse", True)(lambda call: Response("no", 403))
+        register("POST", "/late", True)(self.late)
+        register("POST", "/late-stream", True)(self.late_stream)
         register("POST", "/wait", True)(self.wait)
 
     def blocks(self, count: int | None) -> Blocks:
@@ -120,6 +123,14 @@ class Bodies(Plugin):
     def slow(self, call: Any) -> str:
         self.release.wait(DEADLINE)
         return str(sum(len(data) for data in call.chunks))
+
+    async def late(self, call: Any) -> Response:
+        await asyncio.sleep(0.05)
+        return Response("late", 403)
+
+    async def late_stream(self, call: Any) -> Iterator[bytes]:
+        await asyncio.sleep(0.05)
+        return iter([b"late"])
 
     async def wait(self, call: Any) -> None:
         try:
@@ -280,6 +291,12 @@ def test_who_answers_early_leaves_the_connection_as_it_should_be(server: LocalSe
     connection.sendall(b"x" * size)
     received = rest_of(connection)
     assert received.startswith(b"HTTP/1.1 403") and received.endswith(b"no")
+    # The client may want the socket to be closed with the answer, while its body waits.
+    closing = head.replace(b"Host", b"Connection: close\r\nHost")
+    for path in (b"/early", b"/refuse", b"/late", b"/late-stream"):
+        connection = raw(server.port, closing % (path, 10 * size) + b"x" * 10_000)
+        with contextlib.suppress(OSError):
+            assert rest_of(connection).startswith(b"HTTP/1.1")
     # Without an end, it is not listened to for ever.
     connection = raw(server.port, head % (b"/refuse", 1 << 40))
     with connection, pytest.raises(OSError):
