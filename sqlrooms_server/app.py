@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sqlrooms_server.access import Access
+from sqlrooms_server.builtin import configured
 from sqlrooms_server.database import Database
 from sqlrooms_server.errors import ServerError, ShuttingDown, StartupError
 from sqlrooms_server.features import Feature, MessageHandler
@@ -20,6 +21,7 @@ from sqlrooms_server.features.health import Health
 from sqlrooms_server.features.live import LiveQueries
 from sqlrooms_server.features.queries import Queries
 from sqlrooms_server.features.requests import Requests, as_server_error
+from sqlrooms_server.features.resuming import Resuming
 from sqlrooms_server.features.room_queries import RoomReader
 from sqlrooms_server.features.rooms import NoRooms, Rooms
 from sqlrooms_server.features.sessions import Sessions
@@ -94,7 +96,8 @@ class App:
         self.rooms: Rooms | None = None
         self.runner = Runner(settings, shared.timers, shared.post)
         host = Host(settings, self.runner, self.channels, self.connections, access.roles)
-        self.plugins = Plugins(plugins, host, self.runner)
+        self._host = host
+        self.plugins = Plugins([*configured(settings), *plugins], host, self.runner)
         self._kinds = self.plugins.kinds
         # Those that need no database. The others join when it is open.
         self._features: Sequence[Feature] = (self.health, self.connections, self.plugins)
@@ -176,6 +179,8 @@ class App:
         if database.rooms is not None:
             self.rooms = self._open_rooms()
             reader = RoomReader(self.rooms, database.rooms, self.requests)
+        resuming = Resuming(settings, timers, post) if settings.resume_window else None
+        self._host.resuming = resuming
         cached = CachedQueries(engine, scheduler, self.requests, settings, database.cache)
         self.health.start(engine)
         # When a client leaves, its requests end before its sessions do.
@@ -185,11 +190,11 @@ class App:
             self.plugins,
             self.requests,
             self.sessions,
-            Acks(self.requests),
+            Acks(self.requests) if resuming is None else Acks(self.requests, resuming.acknowledge),
             self.channels,
             self.rooms or NoRooms(),
             cached,
-            Queries(engine, self.requests, self.sessions, cached, settings, reader),
+            Queries(engine, self.requests, self.sessions, cached, settings, reader, resuming),
             Uploads(engine, self.requests, settings),
             Watches(engine, timers, post, meta_namespace=settings.meta_namespace),
             LiveQueries(engine, scheduler, timers, self.requests, settings),

@@ -32,6 +32,7 @@ LAYERS = [
     ["hub"],
     ["features"],
     ["plugins"],
+    ["builtin"],
     ["token_command"],
     ["database"],
     ["app"],

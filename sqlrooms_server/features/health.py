@@ -96,12 +96,17 @@ class Health(Feature):
                     "type": "welcome",
                     "protocol": PROTOCOL_VERSION,
                     "server": f"sqlrooms-server {__version__}",
-                    "features": [*FEATURES, "rooms"] if self._settings.sync else FEATURES,
+                    "features": self._features,
                     "limits": limits,
                     "connectionId": peer.id,
                 }
             )
         )
+
+    @property
+    def _features(self) -> list[str]:
+        optional = {"rooms": self._settings.sync, "resume": self._settings.resume_window}
+        return [*FEATURES, *(name for name, is_on in optional.items() if is_on)]
 
     def _healthz(self, request: HttpRequest, exchange: Exchange, _: Identity | None) -> None:
         exchange.respond(200, b"ok")

@@ -17,6 +17,8 @@ from sqlrooms_server.db.results import BROKEN_ARROW, arrow_chunks
 from sqlrooms_server.errors import BadRequest, Cancelled, QueryId, ServerError
 from sqlrooms_server.features.chunked import ChunkedRequest
 from sqlrooms_server.features.requests import Request, Requests
+from sqlrooms_server.features.resumable import ResumableRequest
+from sqlrooms_server.features.resuming import Resuming
 from sqlrooms_server.jobs import Lane, Pause, Work
 from sqlrooms_server.messages import Params, PluginMessage
 from sqlrooms_server.peer import Peer
@@ -120,13 +122,23 @@ class _ChunkedCall(PromptRequest, ChunkedRequest):
     """The same with an answer in chunks."""
 
 
+class _ResumableCall(PromptRequest, ResumableRequest):
+    """The same with one that outlives its connection."""
+
+
 class Calls:
     """Hands messages to functions of plugins, and sends what they return. For the loop thread."""
 
     def __init__(
-        self, engine: Engine, requests: Requests, runner: Runner, settings: Settings
+        self,
+        engine: Engine,
+        requests: Requests,
+        runner: Runner,
+        settings: Settings,
+        resuming: Resuming | None = None,
     ) -> None:
         self._engine = engine
+        self._resuming = resuming
         self._requests = requests
         self._runner = runner
         self._settings = settings
@@ -154,14 +166,16 @@ class Calls:
         """What answers ``message``."""
         options = message.options
         if options.stream:
-            return _ChunkedCall(
-                self._requests,
-                peer,
-                message.query_id,
-                size=message.size,
-                window=options.window,
-                idle_timeout=self._settings.stream_idle_timeout,
-            )
+            chunks: dict[str, Any] = {
+                "size": message.size,
+                "window": options.window,
+                "idle_timeout": self._settings.stream_idle_timeout,
+            }
+            if options.resumable and self._resuming is not None:
+                return _ResumableCall(
+                    self._requests, self._resuming, peer, message.query_id, **chunks
+                )
+            return _ChunkedCall(self._requests, peer, message.query_id, **chunks)
         return PromptRequest(
             self._requests, peer, message.query_id, size=message.size, broken_end=BROKEN_ARROW
         )

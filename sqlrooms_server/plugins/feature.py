@@ -99,7 +99,7 @@ class Plugins(Feature):
         self._host.start(engine)
         for plugin in self._plugins:
             self._phase(plugin, "started")
-        self._calls = Calls(engine, requests, self._runner, settings)
+        self._calls = Calls(engine, requests, self._runner, settings, self._host.resuming)
 
     def end(self, phase: str) -> None:
         """Tell those that have begun that the server stops, or has stopped: the last one first."""

@@ -11,6 +11,7 @@ from sqlrooms_server.db import values
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.features.channels import Channels
 from sqlrooms_server.features.connections import Connections
+from sqlrooms_server.features.resuming import Resuming
 from sqlrooms_server.messages import Params
 from sqlrooms_server.plugins.runner import Runner
 from sqlrooms_server.protocol import encode_value
@@ -37,6 +38,8 @@ class Host:
         self._runner = runner
         self._roles = roles
         self._engine: Engine | None = None
+        # For the server's own: the streams that clients may resume, when they may.
+        self.resuming: Resuming | None = None
 
     def start(self, engine: Engine) -> None:
         """For the server: the database is open."""

@@ -64,12 +64,23 @@ _QUERY_OPTIONS = frozenset(
         "compression",
         "stream",
         "window",
+        "resumable",
         "session",
         "persist",
     )
 )
-_OPTIONS_OF_RESULTS = frozenset(("maxRows", "format", "compression", "stream", "window", "persist"))
-_OPTIONS_OF_ONE_ANSWER = ("session", "persist", "progress", "format", "stream", "window")
+_OPTIONS_OF_RESULTS = frozenset(
+    ("maxRows", "format", "compression", "stream", "window", "resumable", "persist")
+)
+_OPTIONS_OF_ONE_ANSWER = (
+    "session",
+    "persist",
+    "progress",
+    "format",
+    "stream",
+    "window",
+    "resumable",
+)
 
 
 def _with_options(query: Query, fields: dict[str, Any]) -> Query:
@@ -97,6 +108,11 @@ def _with_options(query: Query, fields: dict[str, Any]) -> Query:
     window = whole_number(fields, "window", 1, 1 << 53)
     if window is not None and not stream:
         raise BadRequest("window is for chunked results; add stream: true.")
+    resumable = flag(fields, "resumable")
+    if resumable and not stream:
+        raise BadRequest("resumable is for chunked results; add stream: true.")
+    if resumable and "session" in given:
+        raise BadRequest("resumable is not for a session, which ends with its connection.")
     options = Options(
         params=params,
         timeout=None if timeout is None else timeout / 1000,
@@ -105,6 +121,7 @@ def _with_options(query: Query, fields: dict[str, Any]) -> Query:
         compression=compression,
         stream=stream,
         window=window,
+        resumable=resumable,
         session=session_name(fields) if "session" in given else None,
         persist=flag(fields, "persist"),
     )
