@@ -97,6 +97,9 @@ class App:
         self.runner = Runner(settings, shared.timers, shared.post)
         host = Host(settings, self.runner, self.channels, self.connections, access.roles)
         self._host = host
+        self.resuming: Resuming | None = None
+        if settings.resume_window:
+            host.resuming = self.resuming = Resuming(settings, shared.timers, shared.post)
         self.plugins = Plugins([*configured(settings), *plugins], host, self.runner)
         self._kinds = self.plugins.kinds
         # Those that need no database. The others join when it is open.
@@ -179,8 +182,6 @@ class App:
         if database.rooms is not None:
             self.rooms = self._open_rooms()
             reader = RoomReader(self.rooms, database.rooms, self.requests)
-        resuming = Resuming(settings, timers, post) if settings.resume_window else None
-        self._host.resuming = resuming
         cached = CachedQueries(engine, scheduler, self.requests, settings, database.cache)
         self.health.start(engine)
         # When a client leaves, its requests end before its sessions do.
@@ -190,11 +191,11 @@ class App:
             self.plugins,
             self.requests,
             self.sessions,
-            Acks(self.requests) if resuming is None else Acks(self.requests, resuming.acknowledge),
+            Acks(self.requests, None if self.resuming is None else self.resuming.acknowledge),
             self.channels,
             self.rooms or NoRooms(),
             cached,
-            Queries(engine, self.requests, self.sessions, cached, settings, reader, resuming),
+            Queries(engine, self.requests, self.sessions, cached, settings, reader, self.resuming),
             Uploads(engine, self.requests, settings),
             Watches(engine, timers, post, meta_namespace=settings.meta_namespace),
             LiveQueries(engine, scheduler, timers, self.requests, settings),

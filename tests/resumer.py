@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
 from websockets.exceptions import ConnectionClosed
 
+from tests.test_large_results import abort
 from tests.wire import Arrow, Wire
 
 
@@ -35,11 +37,22 @@ class Resumer:
     def is_over(self) -> bool:
         return self.summary is not None or self.answer is not None
 
-    def ask(self, sql: str, **options: Any) -> None:
+    def ask(self, sql: str = "", **options: Any) -> None:
+        """Ask, and wait for the token."""
         self.connect()
         self.send(
-            type="arrow", sql=sql, queryId=self.query_id, stream=True, resumable=True, **options
+            **{"type": "arrow", "sql": sql, **options},
+            queryId=self.query_id,
+            stream=True,
+            resumable=True,
         )
+        while not self.token:
+            self.receive()
+
+    def read(self, size: int) -> None:
+        """Receive until there are ``size`` bytes."""
+        while len(self.body) < size:
+            self.receive()
 
     def connect(self) -> None:
         self.attempts += 1
@@ -51,6 +64,7 @@ class Resumer:
         self.wire.send(**fields)
 
     def resume(self) -> None:
+        """Connect again, and ask for what is missing."""
         self.connect()
         self.send(
             type="resume",
@@ -60,11 +74,11 @@ class Resumer:
             bytes=self.acked,
         )
 
-    def cut(self) -> None:
+    def lose(self) -> None:
+        """Lose the connection, and what is under way on it."""
         assert self.wire is not None
-        self.wire.socket.socket.close()
-        with self.wire:
-            pass
+        abort(self.wire)
+        self.close()
 
     def receive(self) -> Any:
         assert self.wire is not None
@@ -84,16 +98,17 @@ class Resumer:
             if self.acks:
                 self.acked = len(self.body)
                 last = frame.header["last"]
-                self.send(type="ack", queryId=self.query_id, bytes=self.acked, last=last)
+                with suppress(ConnectionClosed):
+                    self.send(type="ack", queryId=self.query_id, bytes=self.acked, last=last)
         elif frame["type"] == "resumable":
             self.token, self.window = frame["token"], frame["window"]
-        elif frame["type"] in ("error", "ok") and frame["queryId"] == self.query_id:
+        elif frame["type"] in ("error", "ok", "reply") and frame["queryId"] == self.query_id:
             self.answer = frame
         elif frame["type"] != "resumed":
             self.others.append(frame)
 
     def finish(self) -> None:
-        """Read to the end, over as many connections as that takes."""
+        """Read to the end, over as many connections as that takes, and leave."""
         while not self.is_over:
             try:
                 if self.wire is None:
@@ -102,7 +117,7 @@ class Resumer:
                     self.receive()
             except (ConnectionClosed, OSError, EOFError):
                 self.close()
-                assert self.token, "the connection was lost before the token came"
+        self.close()
 
     def close(self) -> None:
         if self.wire is not None:

@@ -37,9 +37,7 @@ class Resume(Feature):
                 raise BadRequest("resume needs a field token, that of resumable.")
             seq = whole_number(fields, "seq", 0, 1 << 53)
             if seq is None:
-                raise BadRequest(
-                    "resume needs a field seq, that of the first missing chunk."
-                )
+                raise BadRequest("resume needs a field seq, that of the first missing chunk.")
             acked = whole_number(fields, "bytes", 0, 1 << 62)
         except BadRequest as error:
             raise BadRequest(str(error), query_id) from error

@@ -169,7 +169,7 @@ class Acks(Feature):
     """
 
     def __init__(
-        self, requests: Requests, on_late: Callable[[Peer, Ack], None] = lambda peer, ack: None
+        self, requests: Requests, on_late: Callable[[Peer, Ack], None] | None = None
     ) -> None:
         self._requests = requests
         self._on_late = on_late
@@ -182,5 +182,5 @@ class Acks(Feature):
         request = self._requests.find(peer, ack.query_id)
         if isinstance(request, ChunkedRequest):
             request.acknowledge(ack.size, has_last=ack.last)
-        elif request is None:
+        elif request is None and self._on_late is not None:
             self._on_late(peer, ack)

@@ -157,7 +157,7 @@ class ResumableRequest(ChunkedRequest):
             self._resuming.give_up(self)
             raise Gone(
                 f"The stream cannot go on from {seq}: it is kept from {first} on "
-                "(--resume-window).",
+                "(--resume-window, --resume-memory).",
                 query_id,
             )
         start = 0 if is_over else self._start_of(seq)
