@@ -24,6 +24,9 @@ class CuttingProxy(Proxy):
         self._being_cut: set[socket.socket] = set()
         super().__init__(port)
 
+    def __enter__(self) -> CuttingProxy:
+        return self
+
     def _forward(self, source: socket.socket, target: socket.socket) -> None:
         if source.getpeername()[1] == self.port:
             self._to_client(source, target)

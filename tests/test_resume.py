@@ -125,7 +125,8 @@ def whole(server: LocalServer, sql: str = BIG, **options: Any) -> bytes:
 def test_cut_anywhere_again_and_again(server: LocalServer, seed: int, come: Come) -> None:
     choose = random.Random(seed)
     budgets = [choose.choice((2000, 60_000, 1_500_000)) + choose.randrange(1000) for _ in range(30)]
-    options: dict[str, Any] = [{}, {"compression": "lz4"}, {"persist": True}][seed]
+    every: list[dict[str, Any]] = [{}, {"compression": "lz4"}, {"persist": True}]
+    options = every[seed]
     sql = f"select i, i * {seed} as j from range(700000) t(i)"
     with CuttingProxy(server.port, budgets) as proxy:
         resumer = come(proxy.url)
