@@ -60,7 +60,8 @@ NO_OPTIONS = Options()
 class Query:
     """``{type: "arrow" | "json" | "exec", sql, queryId?}`` and options.
 
-    ``formats`` are those the reply may have, the best first; none for ``exec``.
+    ``formats`` are those the reply may have, the best first; none for ``exec``. ``is_trusted``: the
+    server itself made the text, which no client can say, so that no role bounds what it does.
     """
 
     kind: QueryKind
@@ -68,6 +69,7 @@ class Query:
     query_id: QueryId
     formats: tuple[Format, ...]
     options: Options = NO_OPTIONS
+    is_trusted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +265,31 @@ class PluginMessage:
     size: int = 0
 
 
+# Kinds of messages that go on with an object that their sender has opened or fetched.
+OF_OPEN_OBJECTS = ("object-data", "object-ack", "object-close", "object-release")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamData:
+    """Binary, header ``{type: "streamData", queryId, input, seq, last?}``, body a part of the
+    Arrow IPC stream of an input."""
+
+    query_id: QueryId
+    input: str
+    body: memoryview
+    seq: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StreamAck:
+    """``{type: "streamAck", queryId, output, bytes}``: the bytes of an output consumed so far."""
+
+    query_id: QueryId
+    output: str
+    size: int
+
+
 Message = (
     Auth
     | Hello
@@ -286,4 +313,6 @@ Message = (
     | RoomUpdate
     | RoomPresence
     | PluginMessage
+    | StreamData
+    | StreamAck
 )

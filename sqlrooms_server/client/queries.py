@@ -67,7 +67,7 @@ class Request:
     def can_repeat(self) -> bool:
         return self.session is None and is_read(self.sql)
 
-    def message(self, remaining: float | None) -> str:
+    def message(self, remaining: float | None) -> str | bytes:
         """The message; ``remaining`` is in seconds."""
         streams = self.kind == "arrow" or None
         return encode(

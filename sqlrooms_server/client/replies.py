@@ -5,6 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sqlrooms_server.client.plugin_replies import (
+    Answered,
+    Event,
+    ObjectAck,
+    ObjectBytes,
+    ObjectChanges,
+    ObjectClosed,
+    ObjectList,
+    Opened,
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -239,6 +250,14 @@ Reply = (
     | Subscribed
     | NotifyAck
     | MemberList
+    | Event
+    | Answered
+    | ObjectList
+    | ObjectChanges
+    | ObjectBytes
+    | Opened
+    | ObjectAck
+    | ObjectClosed
     | Welcome
     | Failed
     | Lost

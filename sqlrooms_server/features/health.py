@@ -96,16 +96,20 @@ class Health(Feature):
                     "type": "welcome",
                     "protocol": PROTOCOL_VERSION,
                     "server": f"sqlrooms-server {__version__}",
-                    "features": self._features,
+                    "features": self._features(),
                     "limits": limits,
                     "connectionId": peer.id,
                 }
             )
         )
 
-    @property
     def _features(self) -> list[str]:
-        optional = {"rooms": self._settings.sync, "resume": self._settings.resume_window}
+        settings = self._settings
+        optional = {
+            "rooms": settings.sync,
+            "namedQueries": bool(settings.queries),
+            "resume": bool(settings.resume_window),
+        }
         return [*FEATURES, *(name for name, is_on in optional.items() if is_on)]
 
     def _healthz(self, request: HttpRequest, exchange: Exchange, _: Identity | None) -> None:

@@ -92,8 +92,11 @@ class Request:
         self.is_text = True
         self.answered = False
         self.on_answered: Callable[[], None] | None = None
-        # What the client was told, if not its result.
+        # The same, for whoever only looks on.
+        self.on_told: Callable[[], None] | None = None
+        # What the client was told, if not its result; and the rows of that, where somebody counts.
         self.error: ServerError | None = None
+        self.rows: int | None = None
         self.job: Job | None = None
         # The run that answers it together with others.
         self.shared_run: SharedRun | None = None
@@ -116,10 +119,15 @@ class Request:
             self._requests.post(self._start_stream)
         return self._outbox.put(chunk)
 
-    def reply(self, message: bytes) -> None:
-        """Set the whole reply, a text message."""
+    def reply(self, message: bytes, *, is_text: bool = True) -> None:
+        """Set the whole reply, one message."""
         self._reply = message
-        self.is_text = True
+        self.is_text = is_text
+
+    @property
+    def reply_size(self) -> int:
+        """The bytes of the reply so far."""
+        return len(self._reply) if self._outbox is None else self._outbox.put_bytes
 
     def interrupt(self) -> None:
         """Cut short what the worker does. From any thread."""
@@ -257,6 +265,10 @@ class Request:
         self._requests.forget(self)
         if self.on_answered is not None:
             self.on_answered()
+        if self.on_told is not None:
+            # Which refers to this request, and would keep it until a collection.
+            on_told, self.on_told = self.on_told, None
+            on_told()
 
 
 class Requests(Feature):

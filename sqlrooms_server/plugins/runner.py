@@ -84,11 +84,12 @@ class Runner:
         except BaseException as error:  # guard: also a SystemExit of a plugin is its own
             raise failure(plugin, what, error) from error
         try:
-            return finish((yield from self._awaited(value, resume)))
+            return finish((yield from self.awaited(value, resume)))
         except (Exception, SystemExit) as error:  # guard: a plugin must fail alone
             raise failure(plugin, what, error) from error
 
-    def _awaited(self, coroutine: Any, resume: Callable[[], None]) -> Generator[Pause, None, Any]:
+    def awaited(self, coroutine: Any, resume: Callable[[], None]) -> Generator[Pause, None, Any]:
+        """What ``coroutine`` returns, for the work of a job which ``resume`` lets go on."""
         future = self.aio.spawn(coroutine)
         future.add_done_callback(lambda _: resume())
         try:
@@ -123,9 +124,14 @@ class Runner:
         )
         return running
 
+    @property
+    def is_in_coroutine(self) -> bool:
+        """Whether the caller is on the loop of asyncio."""
+        return self._aio is not None and self._aio.is_here
+
     def must_not_block(self, what: str) -> None:
         """Raise ``RuntimeError`` on the loop of asyncio, where ``what`` would hold up others."""
-        if self._aio is not None and self._aio.is_here:
+        if self.is_in_coroutine:
             raise RuntimeError(f"{what} waits; in a coroutine, await asyncio.to_thread({what}, …).")
 
     def phase(self, plugin: Plugin, name: str, seconds: float | None = None) -> None:
@@ -216,12 +222,11 @@ class Running:
         )
 
     def _resume(self) -> None:
-        # Posted, since the job may end its first turn before submit() has returned it.
-        self._runner.post(self._resume_job)
-
-    def _resume_job(self) -> None:
         if self._job is not None:
             self._job.resume()
+        else:
+            # The job may end its first turn before submit() has returned it.
+            self._runner.post(self._resume)
 
     def _done(self, error: BaseException | None) -> None:
         self._runner.began(-1)

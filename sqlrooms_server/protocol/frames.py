@@ -81,15 +81,15 @@ def arrow_prefix(query_id: QueryId, **more: Any) -> bytes:
     The header is padded with spaces to a multiple of 8 bytes with its length, so that a client
     can read the columns in place.
     """
-    return _padded(encode({"type": "arrow", "queryId": query_id, **more}))
+    return padded(encode({"type": "arrow", "queryId": query_id, **more}))
 
 
 def framed(fields: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
     """A binary message, with its header padded like that of an Arrow reply."""
-    return b"".join((_padded(encode_value(fields)), body))
+    return b"".join((padded(encode_value(fields)), body))
 
 
-def _padded(header: bytes) -> bytes:
+def padded(header: bytes) -> bytes:
     header += b" " * (-(4 + len(header)) % 8)
     return len(header).to_bytes(4, "big") + header
 

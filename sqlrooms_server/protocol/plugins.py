@@ -36,11 +36,7 @@ def _options(fields: dict[str, Any]) -> Options:
     compression: Compression | None = choice(fields, "compression", ("lz4", "zstd"), None)
     stream = flag(fields, "stream")
     window = whole_number(fields, "window", 1, 1 << 53)
-    if window is not None and not stream:
-        raise BadRequest("window is for chunked results; add stream: true.")
     resumable = flag(fields, "resumable")
-    if resumable and not stream:
-        raise BadRequest("resumable is for chunked results; add stream: true.")
     return Options(
         timeout=None if timeout is None else timeout / 1000,
         compression=compression,
