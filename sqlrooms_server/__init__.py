@@ -21,6 +21,7 @@ from sqlrooms_server.settings import Settings
 if TYPE_CHECKING:
     from sqlrooms_server.access import Identity
     from sqlrooms_server.access.roles import Role
+    from sqlrooms_server.db.policy import Policy
     from sqlrooms_server.plugin import (
         Action,
         Client,
@@ -50,6 +51,7 @@ __all__ = [
     "ObjectType",
     "Outcome",
     "Plugin",
+    "Policy",
     "Query",
     "QueryError",
     "Response",
@@ -74,6 +76,7 @@ _LATER = {
     "ObjectType": "plugin",
     "Outcome": "plugin",
     "Plugin": "plugin",
+    "Policy": "db.policy",
     "Query": "plugin",
     "Response": "plugin",
     "Role": "access.roles",

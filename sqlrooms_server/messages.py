@@ -265,14 +265,14 @@ OF_OPEN_OBJECTS = ("object-data", "object-ack", "object-close", "object-release"
 
 @dataclass(frozen=True, slots=True)
 class StreamData:
-    """Binary, header ``{type: "streamData", queryId, input, seq?, last?}``, body a part of the
+    """Binary, header ``{type: "streamData", queryId, input, seq, last?}``, body a part of the
     Arrow IPC stream of an input."""
 
     query_id: QueryId
     input: str
     body: memoryview
-    seq: int | None = None
-    last: bool = False
+    seq: int
+    last: bool
 
 
 @dataclass(frozen=True, slots=True)

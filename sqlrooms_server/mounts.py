@@ -18,7 +18,11 @@ class Mounts(Generic[T]):
 
     def __init__(self, main: T, others: Mapping[str, T]) -> None:
         self._main = main
-        self._others = sorted(others.items(), key=lambda item: -len(item[0]))
+        # Each path, what all below it begin with, and whose it is; the longest first.
+        self._others = sorted(
+            ((path, f"{path}/", other) for path, other in others.items()),
+            key=lambda item: -len(item[0]),
+        )
 
     def find(self, path: str) -> tuple[T, str] | None:
         """Whose ``path`` is, and what follows theirs; None when it is nobody's."""
@@ -31,12 +35,12 @@ class Mounts(Generic[T]):
 
     def around(self, path: str) -> tuple[T, str]:
         """Who would have ``path`` if nothing was mounted there, and how that one sees it."""
-        others = {place: other for place, other in self._others if place != path}
+        others = {place: other for place, _, other in self._others if place != path}
         return Mounts(self._main, others)._as_written(path)
 
     def _as_written(self, path: str) -> tuple[T, str]:
-        for place, other in self._others:
-            if path == place or path.startswith(f"{place}/"):
+        for place, below, other in self._others:
+            if path == place or path.startswith(below):
                 return other, path[len(place) :]
         return self._main, path
 

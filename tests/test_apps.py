@@ -184,11 +184,20 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "crdt-leave": {"roomId": "r"},
     "streamAck": {"queryId": "chunks", "output": "x", "bytes": 1 << 40},
     "echo": {"queryId": "4"},
+    "object-list": {"queryId": "7", "watch": True},
+    "object-fetch": {"object": "model", "queryId": "8"},
+    "object-open": {"object": "model", "queryId": "9"},
+    "object-data": {"queryId": "opened"},
+    "object-ack": {"queryId": "opened", "bytes": 1},
+    "object-close": {"queryId": "opened"},
+    "object-release": {"tickets": ["x"], "queryId": "10"},
 }
 
 
 def test_nothing_that_one_app_is_sent_is_heard_in_another(local: Local) -> None:
-    assert set(ATTACKS) == {*TEXT_DECODERS, "echo"}
+    kinds = local.server.main.plugins.kinds
+    assert set(ATTACKS) == {*TEXT_DECODERS, *kinds} - {"wait"}
+    local.server.apps["b"].objects.publish("model", duckdb.sql("select 7 as i").to_arrow_table())
     with ExitStack() as stack:
         b, slow, eve, main = (
             stack.enter_context(local.connect(path)) for path in ("/deep/b", "/deep/b", "/a", "/")
@@ -199,6 +208,7 @@ def test_nothing_that_one_app_is_sent_is_heard_in_another(local: Local) -> None:
         b.request(type="exec", sql="create temp table mine as select 5 as i", session="s")
         b.request(type="subscribe", channel="news", presence=True, recover=True)
         b.request(type="watch", tables="*")
+        assert len(b.request(type="object-list", queryId="o", watch=True)["objects"]) == 1
         b.send(type="live", sql="select i from t", queryId="live")
         assert isinstance(b.receive(), Arrow)
         member = Client(stack.enter_context(local.connect("/deep/b")), "r")
@@ -221,12 +231,15 @@ def test_nothing_that_one_app_is_sent_is_heard_in_another(local: Local) -> None:
             for to in ({"user": "ada"}, {"connection": me}):
                 attacker.send(type="notify", channel="news", payload=1, to=to, queryId="6")
             seen: set[Any] = set()
-            while seen < {"1", "2", "3", "4", "5", "6"}:
+            while not seen >= set("123456789"):
                 reply = attacker.receive()
                 found = reply.header if isinstance(reply, Arrow) else reply
                 seen.add(found.get("queryId"))
-                assert found.get("delivered", 0) == 0
+                assert found.get("delivered", 0) == 0 and found.get("objects", []) == []
+                if found.get("queryId") in ("8", "9"):
+                    assert found["code"] == "not_found"
             assert BINARY_KINDS == ("uploadArrow", "crdt-update", "streamData")
+        local.server.main.objects.publish("other", duckdb.sql("select 8 as i").to_arrow_table())
         headers = {"Content-Type": "application/json"}
         for place in ("/a", ""):
             answer = local.http("POST", f"{place}/channels/news?user=ada", '"x"', **headers)

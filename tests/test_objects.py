@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 
 from sqlrooms_server import Forbidden, ObjectType, Plugin, StartupError
+from sqlrooms_server.app_config import AppConfig
 from sqlrooms_server.plugins.object_streams import WINDOW_BYTES
 from sqlrooms_server.server import Server
 from sqlrooms_server.settings import Settings
@@ -824,3 +825,20 @@ def test_plugins_are_asked_about_objects_but_not_each_message(launch: Launch) ->
         wire.send(type="object-close", queryId="s")
         assert data(wire)["type"] == "object-closed"
     assert asked == [("object-open", "secret"), ("object-open", "open")]
+
+
+def test_objects_are_those_of_their_app() -> None:
+    apps = [AppConfig("a", plugins=[Notes()]), AppConfig("b", plugins=[Notes()])]
+    server = Server(Settings(port=0), apps=apps)
+    url = f"ws://127.0.0.1:{server.start()}"
+    try:
+        server.apps["a"].objects.publish("n", Note(fetch=lambda note: (b"", [TABLE])))
+        server.publish("main", TABLE)
+        with Wire(f"{url}/a") as a, Wire(f"{url}/b") as b, Wire(url) as main:
+            assert (listed(a), listed(b), listed(main)) == (["n"], [], ["main"])
+            assert fetch(b, "n")["code"] == "not_found"
+            ticket = fetch(a, "n").header["references"][0]["ticket"]
+            assert b.request(type="object-fetch", ticket=ticket)["code"] == "gone"
+            assert a.request(type="object-fetch", ticket=ticket).table() == TABLE
+    finally:
+        server.stop()

@@ -439,4 +439,5 @@ def test_nothing_slips_past() -> None:
     assert classes == {*ASKED, *IN_TURN, *AT_ONCE}
     assert len(classes) == len(ASKED) + len(IN_TURN) + len(AT_ONCE)
     names = {kind.__name__ for kind in (*IN_TURN, *AT_ONCE)}
-    assert names == {"Hello", "RoomUpdate", "RoomPresence", "Auth", "Cancel", "Ack"}
+    streams = {"StreamData", "StreamAck"}
+    assert names == {"Hello", "RoomUpdate", "RoomPresence", "Auth", "Cancel", "Ack", *streams}

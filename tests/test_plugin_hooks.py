@@ -367,6 +367,25 @@ def test_what_was_allowed_on_one_cursor_is_not_on_another(
         assert eve.request(type="live", sql="from v", queryId=1)["code"] == "forbidden"
 
 
+def test_what_clients_with_roles_may_read_of_what_was_prepared(
+    launch: Launch, plugin: Plugin, tmp_path: Path
+) -> None:
+    @plugin.hook
+    def prepare_cursor(cursor: Any, client: Any) -> None:
+        cursor.register("arrow", pa.table({"a": [1]}))
+        cursor.execute("create temp table copied as from arrow")
+        cursor.execute("set integer_division = true")
+
+    local = launch(plugin, tokens=tokens(tmp_path, reader=""))
+    with local.connect("/?token=reader") as wire:
+        assert wire.rows("from copied") == [{"a": 1}]
+        assert wire.arrow("from arrow")["code"] == "forbidden"
+        reply = wire.request(type="live", sql="from copied", queryId=1)
+        assert reply.table().num_rows == 1
+        for _ in range(2):
+            assert wire.table("select 5 / 2 as a")["a"][0].as_py() == 2
+
+
 def test_a_live_query_depends_on_what_was_run(launch: Launch, plugin: Plugin) -> None:
     @plugin.hook
     def around_query(query: Query, run: Any) -> Any:

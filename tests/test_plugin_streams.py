@@ -36,6 +36,7 @@ class Streaming:
         self.wire = wire
         self.query_id = query_id
         self.seqs: dict[str, int] = defaultdict(int)
+        self.sent: dict[str, int] = defaultdict(int)
         self.bodies: dict[str, bytes] = defaultdict(bytes)
         self.received: dict[str, int] = defaultdict(int)
         self.last: dict[str, dict[str, Any]] = {}
@@ -45,8 +46,9 @@ class Streaming:
         wire.send(type=kind, queryId=query_id, **fields)
 
     def send(self, name: str, body: bytes, last: bool = False, **more: Any) -> None:
-        header = {"type": "streamData", "queryId": self.query_id, "input": name, **more}
-        self.wire.send_raw(framed({**header, "last": last} if last else header, body))
+        header = {"type": "streamData", "queryId": self.query_id, "input": name, "last": last}
+        self.wire.send_raw(framed({**header, "seq": self.sent[name], **more}, body))
+        self.sent[name] += 1
 
     def ack(self, output: str) -> None:
         size = self.received[output]
@@ -307,11 +309,11 @@ def test_batches_go_through(wire: Wire, recording: Recording, form: str) -> None
         "outputs": ["line", "log"],
         "window": 8 << 20,
     }
-    stream.send("one", ipc(TABLE), seq=0)
+    stream.send("one", ipc(TABLE))
     # Before the upload ends.
     while not stream.bodies["line"]:
         stream.receive()
-    stream.send("one", b"", last=True, seq=1)
+    stream.send("one", b"", last=True)
     stream.send("two", ipc(TABLE.slice(1)), last=True)
     assert stream.finish() == {"type": "streamEnd", "queryId": "s"}
     assert stream.table("line") == TABLE and stream.table("log") == TABLE.slice(1)
@@ -327,7 +329,7 @@ def test_cut_at_every_byte_in_both_directions(wire: Wire, form: str) -> None:
     stream = Streaming(wire, form, window=1)
     body = ipc(TABLE.slice(0, 1))
     for place in range(len(body)):
-        stream.send("one", body[place : place + 1], last=place + 1 == len(body), seq=place)
+        stream.send("one", body[place : place + 1], last=place + 1 == len(body))
     stream.send("two", b"", last=True)
     while stream.end is None:
         before = len(stream.bodies["line"])
@@ -476,7 +478,8 @@ def test_messages_about_no_stream(wire: Wire) -> None:
     stream = Streaming(wire, "plain", "other")
     stream.receive()
     unknown: list[tuple[dict[str, Any], str]] = [
-        ({"queryId": "x", "input": "one"}, "No stream 'x' is under way"),
+        ({"queryId": "x", "input": "one", "seq": 0}, "No stream 'x' is under way"),
+        ({"queryId": "x", "input": "one"}, "streamData needs a field seq"),
         ({"input": "one"}, "streamData needs a field queryId"),
         ({"queryId": "x"}, "streamData needs a field input"),
         ({"queryId": "x", "input": "one", "seq": -1}, "seq must be a whole number"),
@@ -652,19 +655,20 @@ def test_limits_of_time(launch: Launch) -> None:
         wire.send(type="function", queryId="no input for a coroutine")
         wire.send(type="pour async", queryId="no ack", window=1)
         wire.send(type="hang", queryId="slow")
-        wire.send_raw(framed({"type": "streamData", "queryId": "slow", "input": "one"}, BATCH))
+        header = {"type": "streamData", "input": "one", "seq": 0}
+        wire.send_raw(framed({**header, "queryId": "slow"}, BATCH))
         wire.send(type="hang async", queryId="slow coroutine")
-        header = {"type": "streamData", "queryId": "slow coroutine", "input": "one"}
-        wire.send_raw(framed(header, BATCH))
+        wire.send_raw(framed({**header, "queryId": "slow coroutine"}, BATCH))
         wire.send(type="plain", queryId="deadline", timeoutMs=200)
         # A write that waits for its reader is not late, and what is empty keeps a stream alive.
         wire.send(type="pour", queryId="patient", window=1)
-        wire.send_raw(framed({"type": "streamData", "queryId": "patient", "input": "one"}, BATCH))
+        wire.send_raw(framed({**header, "queryId": "patient"}, BATCH))
+        seq = 0
         ended: dict[str, str] = {}
         began = time.monotonic()
         while len(ended) < 6 or time.monotonic() < began + 1.5:
-            header = {"type": "streamData", "queryId": "patient", "input": "one"}
-            wire.send_raw(framed(header, b""))
+            seq += 1
+            wire.send_raw(framed({**header, "queryId": "patient", "seq": seq}, b""))
             message = wire.receive() if len(ended) < 6 else {"type": ""}
             if isinstance(message, dict) and message["type"] == "error":
                 assert message["code"] == "timeout"
@@ -714,11 +718,11 @@ def test_two_hundred_at_once(local: LocalServer) -> None:
             wire = wires[number % len(wires)]
             wire.send(type=form, queryId=number)
             streams.append(number)
-        for body, last in ((BATCH[:100], False), (BATCH[100:], True)):
+        for seq, body in enumerate((BATCH[:100], BATCH[100:])):
             for number in streams:
                 for name in ("one", "two"):
-                    header = {"type": "streamData", "queryId": number, "input": name, "last": last}
-                    wires[number % len(wires)].send_raw(framed(header, body))
+                    header = {"type": "streamData", "queryId": number, "input": name, "seq": seq}
+                    wires[number % len(wires)].send_raw(framed({**header, "last": seq == 1}, body))
         for place, wire in enumerate(wires):
             bodies: dict[tuple[int, str], bytes] = defaultdict(bytes)
             ends = 0
@@ -873,6 +877,48 @@ def test_classes_and_methods_of_a_plugin(launch: Launch) -> None:
             streaming.send("one", BATCH, last=True)
             assert streaming.finish()["type"] == "streamEnd"
             assert streaming.events == [["Hello", "Ada", 4, ["a", "b"]]]
+
+
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_plugins_may_refuse_them(launch: Launch, is_allowed: bool) -> None:
+    plugin = echoing(Recording())
+
+    @plugin.hook
+    async def authorize(client: Any, action: Any) -> None:
+        assert action.kind == "plain"
+        if not is_allowed:
+            raise Forbidden("Not you.")
+
+    with launch(plugin).connect() as wire:
+        stream = Streaming(wire, "plain")
+        if is_allowed:
+            assert stream.receive()["type"] == "streamBegin"
+            stream.send("one", BATCH, last=True)
+            stream.send("two", b"", last=True)
+            assert stream.finish()["type"] == "streamEnd" and stream.table("line") == TABLE
+        else:
+            assert stream.finish()["code"] == "forbidden"
+            # It is no request of its own, so nobody is asked.
+            stream.send("one", BATCH, last=True)
+            assert "No stream 's' is under way" in wire.receive()["error"]
+
+
+def test_one_may_end_before_its_inputs(launch: Launch) -> None:
+    plugin = Plugin("mine")
+
+    @plugin.stream("first", inputs=["one"], outputs=["line"])
+    async def first(call: Any) -> None:
+        async for batch in call.inputs["one"]:
+            await call.write("line", batch)
+            return
+
+    with launch(plugin).connect() as wire:
+        stream = Streaming(wire, "first")
+        stream.send("one", BATCH)
+        assert stream.finish()["type"] == "streamEnd" and stream.table("line") == TABLE
+        stream.send("one", BATCH)
+        stream.send("one", b"", last=True)
+        assert wire.rows("select 1 as a") == [{"a": 1}]
 
 
 def test_what_cannot_be_registered() -> None:

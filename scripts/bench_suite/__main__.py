@@ -10,7 +10,7 @@ How to repeat it, on Linux, from a checkout::
 or two. Both servers get the same DuckDB and the same pyarrow. The published server declares
 DuckDB 1.5 only and is given 2.x all the same; should it fail there, the table says so.
 
-Fifteen workloads, by the names that `--only` takes:
+Seventeen workloads, by the names that `--only` takes:
 
 one     `select 1` as Arrow on one connection, asked again when the answer is there.
 many    the same on 8 connections with 4 questions open on each.
@@ -45,6 +45,10 @@ rooms   edits a second that ten members of a room of a database file have acknow
         and what comes over the wire, and how long it takes, when a member comes back to a document
         of 5 MB of which it lacks ten edits. Every member must end with the same document. Only
         this server has stored what it acks.
+plugins `select 1` one at a time on servers without a plugin, with one whose prepare_cursor,
+        around_query and query_done do nothing, and with one whose authorize does nothing, which
+        take turns of 0.1 s; and the p99 of it while somebody else keeps calling handlers of a
+        plugin that sleep 1 s, beside the p99 while nobody does.
 idle    CPU time of a server with one connected client that says nothing, as % of one core.
 
 In-process is the same DuckDB called from Python without any server: for `one` a new cursor and

@@ -15,6 +15,9 @@ from sqlrooms_server.client.aio_objects import AsyncOpenObject
 from sqlrooms_server.client.aio_results import AsyncResult, AsyncSession
 from sqlrooms_server.client.errors import ConnectionLost, QueryTimeout, RequestFailed, SessionEnded
 from sqlrooms_server.client.objects import Fetched, ObjectMessage, Reference
+from sqlrooms_server.client.plugin_replies import (
+    ObjectInfo,
+)
 from sqlrooms_server.client.replies import (
     CacheStats,
     Change,
@@ -25,7 +28,6 @@ from sqlrooms_server.client.replies import (
     MemberList,
     Message,
     Missed,
-    ObjectInfo,
     Progress,
     Summary,
 )

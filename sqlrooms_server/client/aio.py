@@ -22,7 +22,13 @@ from sqlrooms_server.client.aio_wire import Wire, receive
 from sqlrooms_server.client.errors import ConnectionLost
 from sqlrooms_server.client.link import Link
 from sqlrooms_server.client.objects import Fetched, Wanted
-from sqlrooms_server.client.replies import CacheStats, MemberList, ObjectList
+from sqlrooms_server.client.plugin_replies import (
+    ObjectList,
+)
+from sqlrooms_server.client.replies import (
+    CacheStats,
+    MemberList,
+)
 from sqlrooms_server.client.results import RowList
 from sqlrooms_server.client.streams import as_reader
 from sqlrooms_server.client.sync import ProgressOption

@@ -8,8 +8,15 @@ from typing import Any
 
 from sqlrooms_server.client.messages import encode_payload, framed
 from sqlrooms_server.client.needs import Flow
+from sqlrooms_server.client.plugin_replies import (
+    Answered,
+    Event,
+    ObjectBytes,
+)
 from sqlrooms_server.client.queries import WINDOW, Attempts, Request, Stream
-from sqlrooms_server.client.replies import Answered, Event, ObjectBytes, Reply
+from sqlrooms_server.client.replies import (
+    Reply,
+)
 
 # Fields that say how a message is answered, and not what it is.
 _OF_PROTOCOL = ("type", "queryId", "timeoutMs", "stream", "window", "compression")

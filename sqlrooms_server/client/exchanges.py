@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from sqlrooms_server.client.messages import Key
-from sqlrooms_server.client.replies import (
-    Change,
-    Chunk,
+from sqlrooms_server.client.plugin_replies import (
     ObjectAck,
     ObjectChanges,
     ObjectData,
     ObjectList,
     Opened,
+)
+from sqlrooms_server.client.replies import (
+    Change,
+    Chunk,
     Reply,
 )
 

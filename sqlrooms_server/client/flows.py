@@ -33,6 +33,10 @@ from sqlrooms_server.client.objects import (
     references_of,
     wanted,
 )
+from sqlrooms_server.client.plugin_replies import (
+    ObjectBytes,
+    ObjectList,
+)
 from sqlrooms_server.client.queries import Attempts, Request, Session, Stream
 from sqlrooms_server.client.replies import (
     CacheStats,
@@ -41,8 +45,6 @@ from sqlrooms_server.client.replies import (
     Done,
     MemberList,
     NotifyAck,
-    ObjectBytes,
-    ObjectList,
     Progress,
     Reply,
     Rows,

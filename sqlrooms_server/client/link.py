@@ -20,21 +20,23 @@ from sqlrooms_server.client.messages import (
     decode,
     encode,
 )
+from sqlrooms_server.client.plugin_replies import (
+    Event,
+    ObjectAck,
+    ObjectData,
+    ObjectList,
+    Opened,
+)
 from sqlrooms_server.client.replies import (
     CancelAck,
     Chunk,
     Consumed,
     Done,
-    Event,
     Failed,
     Joined,
     Left,
     Lost,
     Message,
-    ObjectAck,
-    ObjectData,
-    ObjectList,
-    Opened,
     Progress,
     Reply,
     Watching,

@@ -7,22 +7,9 @@ from typing import Any
 
 import ujson
 
-from sqlrooms_server.client.replies import (
+from sqlrooms_server.client.plugin_replies import (
     Answered,
-    CacheStats,
-    CancelAck,
-    Change,
-    Chunk,
-    Consumed,
-    Done,
     Event,
-    Failed,
-    Joined,
-    Left,
-    Member,
-    MemberList,
-    Message,
-    NotifyAck,
     ObjectAck,
     ObjectBytes,
     ObjectChanges,
@@ -31,8 +18,23 @@ from sqlrooms_server.client.replies import (
     ObjectInfo,
     ObjectList,
     Opened,
-    Progress,
     Referred,
+)
+from sqlrooms_server.client.replies import (
+    CacheStats,
+    CancelAck,
+    Change,
+    Chunk,
+    Consumed,
+    Done,
+    Failed,
+    Joined,
+    Left,
+    Member,
+    MemberList,
+    Message,
+    NotifyAck,
+    Progress,
     Reply,
     Rows,
     SessionClosed,

@@ -6,7 +6,13 @@ from sqlrooms_server.client.exchanges import Exchange
 from sqlrooms_server.client.feeds import Feed
 from sqlrooms_server.client.link import Link
 from sqlrooms_server.client.messages import encode
-from sqlrooms_server.client.replies import ObjectChanges, ObjectList, Reply
+from sqlrooms_server.client.plugin_replies import (
+    ObjectChanges,
+    ObjectList,
+)
+from sqlrooms_server.client.replies import (
+    Reply,
+)
 
 
 class ObjectWatch(Feed[ObjectList]):

@@ -13,8 +13,7 @@ from sqlrooms_server.client.exchanges import ObjectExchange
 from sqlrooms_server.client.link import Link
 from sqlrooms_server.client.messages import encode, framed
 from sqlrooms_server.client.needs import Flow, Receive, answer, checked, connected
-from sqlrooms_server.client.queries import WINDOW
-from sqlrooms_server.client.replies import (
+from sqlrooms_server.client.plugin_replies import (
     ObjectAck,
     ObjectBytes,
     ObjectClosed,
@@ -22,6 +21,9 @@ from sqlrooms_server.client.replies import (
     ObjectInfo,
     Opened,
     Referred,
+)
+from sqlrooms_server.client.queries import WINDOW
+from sqlrooms_server.client.replies import (
     Reply,
 )
 

@@ -14,7 +14,14 @@ from sqlrooms_server.client import flows, needs
 from sqlrooms_server.client.errors import ConnectionLost
 from sqlrooms_server.client.link import Link
 from sqlrooms_server.client.objects import Fetched, Wanted
-from sqlrooms_server.client.replies import CacheStats, MemberList, ObjectList, Progress
+from sqlrooms_server.client.plugin_replies import (
+    ObjectList,
+)
+from sqlrooms_server.client.replies import (
+    CacheStats,
+    MemberList,
+    Progress,
+)
 from sqlrooms_server.client.results import RowList
 from sqlrooms_server.client.streams import as_reader
 from sqlrooms_server.client.sync_feeds import Live, ObjectWatch, Subscription, Watch

@@ -174,8 +174,9 @@ class Cursor:
         self._policy = None if policy.is_open else policy
         self._session = session
         self._is_own = session is None
-        # Names, and settings of the parser, may mean something else here than on other cursors.
+        # Names may mean something else here than on other cursors.
         self._is_special = session is not None
+        self._classifier = engine.classifier if session is None else engine.classifier_of_sessions
         # What has happened by now that an error of the query does not undo: a sentence, or none.
         self.aftermath = ""
         self._shows_progress = False
@@ -245,8 +246,10 @@ class Cursor:
     def examine(self, sql: str) -> Statements:
         """What ``sql`` is. Raises ``Forbidden`` when it must not run; see :class:`guard.Guard`."""
         if self._policy is None:
-            return self._engine.classifier.classify(self.native, sql)
-        return self._engine.guard.check(self.native, sql, self._policy, own_names=self._is_special)
+            return self._classifier.classify(self.native, sql)
+        return self._engine.guard.check(
+            self.native, sql, self._policy, self._classifier, own_names=self._is_special
+        )
 
     def prepare(self, prepare: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
         """Let ``prepare`` set up the native cursor, unless an earlier job of the session did.
@@ -266,6 +269,8 @@ class Cursor:
         self._is_special = True
         if session is not None:
             session.is_prepared = True
+        else:
+            self._classifier = self._engine.classifier_of_prepared
 
     @property
     def is_special(self) -> bool:
@@ -276,8 +281,11 @@ class Cursor:
         self, sql: str, params: Params | None = None, formats: tuple[str, ...] = ("arrow",)
     ) -> Result | None:
         """As :meth:`run`, for code of plugins: errors of DuckDB are raised as ``ServerError``."""
-        with self.explained():
+        try:
             return self.run(sql, params, formats)
+        except _DATABASE_ERRORS as error:
+            self.check()
+            raise query_failure(error) from error
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -314,6 +322,7 @@ class Cursor:
             if self._session is None:
                 self._session = SharedCursor(self._engine)
                 self._is_special = True
+                self._classifier = self._engine.classifier_of_sessions
             *first, sql = statements.texts
             for text in first:
                 self._run_through(text)
@@ -391,8 +400,8 @@ class Cursor:
         statements: Statements,
         formats: tuple[str, ...],
     ) -> Result | None:
-        # The parser follows settings.
-        statement = (None if self._is_special else statements.parsed) or sql
+        # The parser follows settings, and each session may have its own.
+        statement = (statements.parsed if self._session is None else None) or sql
         if statements.end_in_change:
             return self._change(statement, params, statements)
         exact = formats[:1] == ("json",) and statements.is_one_select

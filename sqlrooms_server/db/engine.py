@@ -70,7 +70,11 @@ class Engine:
         self.read_only = read_only
         self._sandbox = sandbox or Sandbox()
         self._locks = contextlib.ExitStack()
+        # What a text is parsed to follows settings, which sessions may change, and plugins on the
+        # cursors that they prepare.
         self.classifier = Classifier(max_nesting)
+        self.classifier_of_prepared = Classifier(max_nesting)
+        self.classifier_of_sessions = Classifier(max_nesting)
         self.versions = Versions()
         self.changes = Changes(self.versions)
         self._writer = threading.Lock()
@@ -99,7 +103,7 @@ class Engine:
 
         self.readings = Readings(self.versions, self.catalog)
         self.reach = Reach(self.catalog, self._sandbox.directories, self._sandbox.functions)
-        self.guard = Guard(self.versions, self.classifier, self.reach)
+        self.guard = Guard(self.versions, self.reach)
 
     def bounded(self, policy: Policy) -> Policy:
         """``policy`` of somebody within what the sandbox allows everybody."""

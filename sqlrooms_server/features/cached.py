@@ -219,9 +219,8 @@ class CachedQueries(Feature):
                 if query.options.progress:
                     cursor.show_progress()
                 if seen is not None and self._plugins.takes_part:
-                    result = stack.enter_context(
-                        self._plugins.result(flight, cursor, seen, query.formats)
-                    )
+                    value = self._plugins.ask(cursor, seen, query.formats)
+                    result = stack.enter_context(self._plugins.opened(flight, value, query.formats))
                 else:
                     result = cursor.run(query.sql, query.options.params, query.formats)
                 if result is None:

@@ -56,25 +56,24 @@ class Interception:
         """Let plugins set up ``cursor`` for ``query``, on its worker."""
         self._chain.prepare(cursor, query.client)
 
-    @contextmanager
-    def result(
-        self,
-        owner: Owner,
-        cursor: Cursor,
-        query: Query,
-        formats: tuple[str, ...],
-        run: Callable[[Query], Result | None] | None = None,
-    ) -> Iterator[Result | None]:
-        """What plugins make of ``query``, on its worker.
+    def ask(self, cursor: Cursor, query: Query, formats: tuple[str, ...]) -> Any:
+        """What plugins make of ``query``, which the last of them asks ``cursor``, on its worker.
 
-        The last of them asks ``run``, or without it, ``cursor``. ``formats`` are as for
-        :meth:`Cursor.run`.
+        A result or None, or else something for :meth:`opened`.
         """
+        if not self._chain.around_query:
+            return cursor.run(query.sql, query.params, formats)
+        return self._chain.run(query, lambda asked: cursor.ask(asked.sql, asked.params, formats))
 
-        def ask(asked: Query) -> Result | None:
-            return cursor.ask(asked.sql, asked.params, formats)
+    def ask_with(self, run: Callable[[Query], Result | None], query: Query) -> Any:
+        """The same, but the last of them asks ``run``."""
+        return self._chain.run(query, run)
 
-        value = self._chain.run(query, run or ask)
+    @contextmanager
+    def opened(
+        self, owner: Owner, value: Any, formats: tuple[str, ...] = ("arrow",)
+    ) -> Iterator[Result | None]:
+        """What :meth:`ask` returned, as a result."""
         if value is None or isinstance(value, Result):
             yield value
             return

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
+from typing import Any
 
 from sqlrooms_server.db.cursor import Cursor, Result
 from sqlrooms_server.db.engine import Engine
@@ -249,7 +250,8 @@ class LiveQueries(Feature):
                 result.tokens.append(self._depends_on(cursor, query.sql))
                 found = cursor.run(query.sql, query.options.params)
             else:
-                found = stack.enter_context(self._intercepted(query, query.seen, cursor, result))
+                value = self._intercepted(query.seen, cursor, result)
+                found = stack.enter_context(self._plugins.opened(query, value))
             if found is None:
                 raise BadRequest("A live query must return a result.")
             limit = bound_rows(found, query.options, query.bounds)
@@ -267,10 +269,8 @@ class LiveQueries(Feature):
             result.body = b"".join(chunks)
             result.header = truncation(found, limit)
 
-    def _intercepted(
-        self, query: _Query, seen: SeenQuery, cursor: Cursor, result: _Result
-    ) -> AbstractContextManager[Result | None]:
-        """What plugins make of ``query``, and what each text depends on that they run."""
+    def _intercepted(self, seen: SeenQuery, cursor: Cursor, result: _Result) -> Any:
+        """What plugins make of a query, and what each text depends on that they run."""
         versions = self._engine.versions
         # Of one that runs nothing: it is asked again when anything is defined anew.
         result.tokens.append(versions.token(versions.epoch, ()))
@@ -281,7 +281,7 @@ class LiveQueries(Feature):
                 return cursor.run(asked.sql, asked.params)
 
         self._plugins.prepare(cursor, seen)
-        return self._plugins.result(query, cursor, seen, ("arrow",), run)
+        return self._plugins.ask_with(run, seen)
 
     def _depends_on(self, cursor: Cursor, sql: str) -> Token:
         """What tells whether the result of ``sql`` on ``cursor`` has changed.

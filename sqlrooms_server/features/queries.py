@@ -163,12 +163,15 @@ class Queries(Feature):
                 )
             if query.options.progress:
                 cursor.show_progress()
-            if seen is not None and self._plugins.takes_part:
-                with self._plugins.result(request, cursor, seen, query.formats) as result:
-                    yield from self._answer(request, query, result, bounds)
-            else:
+            if seen is None or not self._plugins.takes_part:
                 result = cursor.run(query.sql, query.options.params, query.formats)
-                yield from self._answer(request, query, result, bounds)
+            else:
+                result = self._plugins.ask(cursor, seen, query.formats)
+                if result is not None and not isinstance(result, Result):
+                    with self._plugins.opened(request, result, query.formats) as result:
+                        yield from self._answer(request, query, result, bounds)
+                    return
+            yield from self._answer(request, query, result, bounds)
 
     def _answer(
         self, request: Request, query: Query, result: Result | None, bounds: Bounds

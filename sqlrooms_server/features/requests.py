@@ -261,7 +261,9 @@ class Request:
         if self.on_answered is not None:
             self.on_answered()
         if self.on_told is not None:
-            self.on_told()
+            # Which refers to this request, and would keep it until a collection.
+            on_told, self.on_told = self.on_told, None
+            on_told()
 
 
 class Requests(Feature):

@@ -75,12 +75,11 @@ def _around(plugin: Plugin, hook: Callable[[Query, Run], Any], run: Run) -> Run:
             value = hook(query, run)
         except Exception as error:  # guard: a plugin must fail alone
             raise failure(plugin, "around_query", error) from error
-        if value is None or is_table(value):
-            return value
-        if not isinstance(value, Result):
+        if isinstance(value, Result):
+            if value.is_lost:
+                _refuse(plugin, "a result that ended when it ran something else; keep its table()")
+        elif value is not None and not is_table(value):
             _refuse(plugin, f"a {type(value).__name__}, which is neither a result nor a table")
-        if value.is_lost:
-            _refuse(plugin, "a result that ended when it ran something else; keep its table()")
         return value
 
     return call

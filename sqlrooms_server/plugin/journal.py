@@ -13,7 +13,7 @@ from sqlrooms_server.plugin.values import Outcome, Query
 
 log = logging.getLogger(__name__)
 
-_NAP_SECONDS = 0.01
+_NAP_SECONDS = 0.02
 
 
 class Journal:

@@ -73,12 +73,12 @@ ASKED: Mapping[type, Callable[[Any], tuple[str, str]]] = {
     PluginMessage: lambda message: (message.kind, _object(message)),
 }
 
-# Handled in their turn without a question: what says nothing but a name, what only members of a
-# room can say, whose join was allowed, and what goes on with a stream, whose beginning was.
-IN_TURN = (Hello, RoomUpdate, RoomPresence, StreamData)
+# Handled in their turn without a question: what says nothing but a name, and what only members of
+# a room can say, whose join was allowed.
+IN_TURN = (Hello, RoomUpdate, RoomPresence)
 
 # Handled at once: they are about what was allowed before, and must not wait behind it.
-AT_ONCE = (Auth, Cancel, Ack, StreamAck)
+AT_ONCE = (Auth, Cancel, Ack, StreamAck, StreamData)
 
 _CANCELLABLE = (Query, Live, Upload, UploadChunk, PluginMessage)
 

@@ -178,7 +178,7 @@ class Inputs(Mapping[str, Input]):
         size, window = len(data.body), self._limits.window
         if source.has_last:
             return BadRequest(f"Data of input {source.name!r} came after the last.")
-        if data.seq is not None and data.seq != source.next_seq:
+        if data.seq != source.next_seq:
             return BadRequest(
                 f"Input {source.name!r}: seq {source.next_seq} was expected, not {data.seq}."
             )

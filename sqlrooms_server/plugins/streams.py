@@ -137,7 +137,7 @@ class Streams:
         client = self._clients.get(peer)
         if client is None or data.query_id not in client.ended:
             # Without the id, which may be that of another request.
-            raise BadRequest(f"No stream {data.query_id!r} is under way; a message begins it.")
+            raise BadRequest(f"No stream {data.query_id!r} is under way; send after streamBegin.")
         if data.last:
             client.ended[data.query_id] -= 1
             if not client.ended[data.query_id]:

@@ -25,6 +25,8 @@ def decode_stream_data(fields: dict[str, Any], body: memoryview) -> StreamData:
         seq, last = whole_number(fields, "seq", 0, 1 << 53), flag(fields, "last")
     except BadRequest as error:
         raise BadRequest(str(error), query_id) from error
+    if seq is None:
+        raise BadRequest("streamData needs a field seq, a whole number from 0.", query_id)
     if len(body) < _COPIED_BYTES:
         body = memoryview(bytes(body))
     return StreamData(query_id, name, body, seq, last)
