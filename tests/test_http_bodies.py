@@ -51,6 +51,7 @@ class Bodies(Plugin):
         super().__init__()
         self.made: list[Blocks] = []
         self.lost: list[str] = []
+        self.has_begun = threading.Event()
         self.was_lost = threading.Event()
         self.release = threading.Event()
 
@@ -135,7 +136,7 @@ class Bodies(Plugin):
     async def wait(self, call: Any) -> None:
         try:
             async for _ in call.chunks:
-                pass
+                self.has_begun.set()
         except BaseException as error:
             self.lost.append(type(error).__name__)
             self.was_lost.set()
@@ -274,7 +275,8 @@ def test_what_a_plugin_does_not_go_on_with_ends(server: LocalServer, bodies: Bod
 
 def test_a_client_that_goes_away_ends_the_handler(server: LocalServer, bodies: Bodies) -> None:
     head = b"POST /wait HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc"
-    raw(server.port, head).close()
+    with raw(server.port, head):
+        assert bodies.has_begun.wait(DEADLINE)
     assert bodies.was_lost.wait(DEADLINE)
     assert bodies.lost[0] in ("Cancelled", "CancelledError")
 
