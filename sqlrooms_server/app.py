@@ -25,6 +25,7 @@ from sqlrooms_server.features.interception import Interception
 from sqlrooms_server.features.live import LiveQueries
 from sqlrooms_server.features.queries import Queries
 from sqlrooms_server.features.requests import Requests, as_server_error
+from sqlrooms_server.features.resuming import Resuming
 from sqlrooms_server.features.room_queries import RoomReader
 from sqlrooms_server.features.rooms import NoRooms, Rooms
 from sqlrooms_server.features.sessions import Sessions
@@ -135,6 +136,9 @@ class App:
             *(access.roles, lambda: self.gate.needs_token, name, path),
         )
         host.perform, host.leave = self._perform, self._leave
+        self.resuming: Resuming | None = None
+        if settings.resume_window:
+            host.resuming = self.resuming = Resuming(settings, shared.timers, shared.post)
         self.room_store: RoomStore | None = None
         self.plugins = Plugins([*plugins, self.objects], host, self.runner, self._hooks.prepare)
         self._kinds = self.plugins.kinds
@@ -248,11 +252,14 @@ class App:
             self.plugins,
             self.requests,
             self.sessions,
-            Acks(self.requests),
+            Acks(self.requests, None if self.resuming is None else self.resuming.acknowledge),
             self.channels,
             self.rooms or NoRooms(),
             cached,
-            Queries(engine, self.requests, self.sessions, cached, settings, taking_part, reader),
+            Queries(
+                *(engine, self.requests, self.sessions, cached, settings, taking_part, reader),
+                self.resuming,
+            ),
             self.uploads,
             Watches(engine, timers, post, meta_namespace=settings.meta_namespace),
             LiveQueries(engine, scheduler, timers, self.requests, settings, taking_part),

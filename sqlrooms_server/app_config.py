@@ -41,6 +41,7 @@ INHERITED = frozenset(
     "max_update_size update_rate room_history room_idle_timeout room_memory cache_dir cache_size "
     "no_cache plugin_timeout plugin_workers plugin_backlog max_http_result max_file_size "
     "max_object_streams max_object_references stream_window max_streams_per_connection "
+    "resume_window resume_timeout resume_memory max_waiting_streams max_waiting_streams_per_user "
     "memory_limit threads".split()
 )
 

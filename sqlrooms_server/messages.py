@@ -47,6 +47,7 @@ class Options:
     compression: Compression | None = None
     stream: bool = False
     window: int | None = None
+    resumable: bool = False
     session: str | None = None
     persist: bool = False
     size: int = 0
@@ -80,10 +81,14 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """``{type: "ack", queryId, bytes}``: the bytes of a chunked result consumed so far."""
+    """``{type: "ack", queryId, bytes, last?}``: the bytes of a chunked result consumed so far.
+
+    ``last``: so was its last message.
+    """
 
     query_id: QueryId
     size: int
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +253,8 @@ class PluginMessage:
     """A message of a type that a plugin has: text, or a header and ``body`` in a binary message.
 
     ``fields`` are those that are not of the protocol; of ``options``, a reply can have a deadline
-    (``timeoutMs``), be cut into chunks (``stream``, ``window``) and compressed (``compression``).
+    (``timeoutMs``), be cut into chunks (``stream``, ``window``, ``resumable``) and compressed
+    (``compression``).
     """
 
     kind: str

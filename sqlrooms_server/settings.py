@@ -272,6 +272,27 @@ class Settings:
         unit="size",
     )
     max_streams_per_connection: int = _setting(32, "Streams of plugins of one connection.")
+    resume_window: int = _setting(
+        0,
+        "Bytes that are kept of each chunked result whose client asks to resume it (resumable) "
+        "after a lost connection; 0 means that none can be resumed.",
+        unit="size",
+    )
+    resume_timeout: int = _setting(
+        60, "Seconds for which such a result waits for its client to come back."
+    )
+    resume_memory: int = _setting(
+        256 << 20,
+        "Bytes that are kept of all of them; over it less is kept than the window.",
+        unit="size",
+    )
+    # Each has a cursor open, with some 10 MB of its result.
+    max_waiting_streams: int = _setting(
+        64, "Results that wait for their clients at one time; over it the oldest is given up."
+    )
+    max_waiting_streams_per_user: int = _setting(
+        16, "Those of one user, or of one address for clients without a name."
+    )
     memory_limit: str = _setting(
         "", "Memory that DuckDB may use, such as 4GB; without it, four fifths of the machine's."
     )
@@ -342,6 +363,11 @@ class Settings:
             ("sandbox_temp_size", 0, 1 << 50),
             ("process_memory", 0, 1 << 50),
             ("max_http_result", 1 << 10, 1 << 30),
+            ("resume_window", 0, 1 << 40),
+            ("resume_timeout", 1, 7 * 24 * 3600),
+            ("resume_memory", 0, 1 << 50),
+            ("max_waiting_streams", 1, 1_000_000),
+            ("max_waiting_streams_per_user", 1, 1_000_000),
             ("plugin_timeout", 0, 7 * 24 * 3600),
             ("plugin_workers", 0, 1024),
             ("plugin_backlog", 1, 1_000_000),

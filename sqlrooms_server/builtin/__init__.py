@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlrooms_server.builtin.files import Files
 from sqlrooms_server.builtin.named_queries import NamedQueries
+from sqlrooms_server.builtin.resume import Resume
 from sqlrooms_server.builtin.static import Static
 from sqlrooms_server.plugin import Plugin
 from sqlrooms_server.settings import Settings
@@ -18,4 +19,6 @@ def configured(settings: Settings) -> list[Plugin]:
         plugins.append(Files(settings))
     if settings.static:
         plugins.append(Static(settings))
+    if settings.resume_window:
+        plugins.append(Resume())
     return plugins

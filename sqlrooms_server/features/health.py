@@ -105,7 +105,11 @@ class Health(Feature):
 
     def _features(self) -> list[str]:
         settings = self._settings
-        optional = {"rooms": settings.sync, "namedQueries": bool(settings.queries)}
+        optional = {
+            "rooms": settings.sync,
+            "namedQueries": bool(settings.queries),
+            "resume": bool(settings.resume_window),
+        }
         return [*FEATURES, *(name for name, is_on in optional.items() if is_on)]
 
     def _healthz(self, request: HttpRequest, exchange: Exchange, _: Identity | None) -> None:

@@ -21,6 +21,8 @@ from sqlrooms_server.features.chunked import ChunkedRequest
 from sqlrooms_server.features.interception import Interception
 from sqlrooms_server.features.limits import Bounds, bound_rows, bounds_of, deadline, truncation
 from sqlrooms_server.features.requests import Request, Requests
+from sqlrooms_server.features.resumable import ResumableRequest
+from sqlrooms_server.features.resuming import Resuming
 from sqlrooms_server.features.room_queries import RoomReader
 from sqlrooms_server.features.sessions import Sessions
 from sqlrooms_server.jobs import Pause, Work
@@ -49,8 +51,10 @@ class Queries(Feature):
         settings: Settings,
         plugins: Interception,
         rooms: RoomReader | None = None,
+        resuming: Resuming | None = None,
     ) -> None:
         self._engine = engine
+        self._resuming = resuming
         self._rooms = rooms
         self._cached = cached
         self._requests = requests
@@ -105,14 +109,16 @@ class Queries(Feature):
     def _request(self, peer: Peer, query: Query) -> Request:
         size = query.options.size or len(query.sql)
         if query.options.stream:
-            return ChunkedRequest(
-                self._requests,
-                peer,
-                query.query_id,
-                size=size,
-                window=query.options.window,
-                idle_timeout=self._settings.stream_idle_timeout,
-            )
+            options: dict[str, Any] = {
+                "size": size,
+                "window": query.options.window,
+                "idle_timeout": self._settings.stream_idle_timeout,
+            }
+            if query.options.resumable and self._resuming is not None:
+                return ResumableRequest(
+                    self._requests, self._resuming, peer, query.query_id, **options
+                )
+            return ChunkedRequest(self._requests, peer, query.query_id, **options)
         broken_end = BROKEN_ARROW if "arrow" in query.formats else b""
         return Request(self._requests, peer, query.query_id, size=size, broken_end=broken_end)
 

@@ -17,6 +17,8 @@ from sqlrooms_server.db.results import BROKEN_ARROW, arrow_chunks
 from sqlrooms_server.errors import BadRequest, Cancelled, QueryId, ServerError
 from sqlrooms_server.features.chunked import ChunkedRequest
 from sqlrooms_server.features.requests import Request, Requests
+from sqlrooms_server.features.resumable import ResumableRequest
+from sqlrooms_server.features.resuming import Resuming
 from sqlrooms_server.jobs import Lane, Pause, Work
 from sqlrooms_server.messages import Params, PluginMessage
 from sqlrooms_server.peer import Peer
@@ -134,6 +136,10 @@ class _ChunkedCall(PromptRequest, ChunkedRequest):
     """The same with an answer in chunks."""
 
 
+class _ResumableCall(PromptRequest, ResumableRequest):
+    """The same with one that outlives its connection."""
+
+
 class Calls:
     """Hands messages to functions of plugins, and sends what they return. For the loop thread."""
 
@@ -144,8 +150,10 @@ class Calls:
         runner: Runner,
         settings: Settings,
         prepare: Callable[[Cursor, Client], None],
+        resuming: Resuming | None = None,
     ) -> None:
         self._engine = engine
+        self._resuming = resuming
         self._requests = requests
         self._runner = runner
         self._settings = settings
@@ -173,18 +181,21 @@ class Calls:
     def request(self, peer: Peer, message: PluginMessage) -> PromptRequest:
         """What answers ``message``."""
         options = message.options
-        if options.window is not None and not options.stream:
-            text = "window is for chunked results; add stream: true."
-            raise BadRequest(text, message.query_id)
+        for name, value in (("window", options.window), ("resumable", options.resumable)):
+            if value and not options.stream:
+                text = f"{name} is for chunked results; add stream: true."
+                raise BadRequest(text, message.query_id)
         if options.stream:
-            return _ChunkedCall(
-                self._requests,
-                peer,
-                message.query_id,
-                size=message.size,
-                window=options.window,
-                idle_timeout=self._settings.stream_idle_timeout,
-            )
+            chunks: dict[str, Any] = {
+                "size": message.size,
+                "window": options.window,
+                "idle_timeout": self._settings.stream_idle_timeout,
+            }
+            if options.resumable and self._resuming is not None:
+                return _ResumableCall(
+                    self._requests, self._resuming, peer, message.query_id, **chunks
+                )
+            return _ChunkedCall(self._requests, peer, message.query_id, **chunks)
         return PromptRequest(
             self._requests, peer, message.query_id, size=message.size, broken_end=BROKEN_ARROW
         )

@@ -119,7 +119,9 @@ class Plugins(Feature):
         self._host.start(engine)
         for plugin in self._plugins:
             self._phase(plugin, "started")
-        self._calls = Calls(engine, requests, self._runner, settings, self._prepare)
+        self._calls = Calls(
+            *(engine, requests, self._runner, settings, self._prepare, self._host.resuming)
+        )
         self._streams = Streams(engine, requests, self._runner, settings, self._prepare)
 
     def reload(self) -> None:

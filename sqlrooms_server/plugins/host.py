@@ -11,6 +11,7 @@ from sqlrooms_server.db import values
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.features.channels import Channels
 from sqlrooms_server.features.connections import Connections
+from sqlrooms_server.features.resuming import Resuming
 from sqlrooms_server.messages import Message, Params
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.plugins.objects import Objects
@@ -49,6 +50,8 @@ class Host:
         self._roles = roles
         self._needs_token = needs_token
         self._engine: Engine | None = None
+        # For the server's own: the streams that clients may resume, when they may.
+        self.resuming: Resuming | None = None
         # For plugins on the loop: what does a message of somebody, and forgets about somebody.
         self.perform: Callable[[Peer, Message], None] = _nobody_there
         self.leave: Callable[[Peer], None] = _nobody_there

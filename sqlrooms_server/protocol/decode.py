@@ -236,7 +236,7 @@ def _ack(fields: dict[str, Any], limits: Limits) -> Ack:
     size = whole_number(fields, "bytes", 0, 1 << 62)
     if size is None:
         raise BadRequest("ack needs a field bytes, the total consumed so far.")
-    return Ack(query_id_in(fields), size)
+    return Ack(query_id_in(fields), size, fields.get("last") is True)
 
 
 def _close_session(fields: dict[str, Any], limits: Limits) -> CloseSession:

@@ -29,6 +29,14 @@ def encode_reply(kind: str, query_id: QueryId | None, **fields: Any) -> bytes:
     return encode({**head, **fields})
 
 
+def with_query_id(message: bytes, before: QueryId, after: QueryId) -> bytes:
+    """``message``, a text message for the request ``before``, for the request ``after``."""
+    if before == after:
+        return message
+    old, new = (encode({"queryId": query_id})[1:-1] for query_id in (before, after))
+    return message.replace(old, new, 1)
+
+
 def encode_said(channel: str, payload: Any) -> bytes:
     """A message of a channel. Raises ``BadRequest`` for a payload that JSON cannot carry."""
     try:

@@ -72,12 +72,23 @@ _QUERY_OPTIONS = frozenset(
         "compression",
         "stream",
         "window",
+        "resumable",
         "session",
         "persist",
     )
 )
-_OPTIONS_OF_RESULTS = frozenset(("maxRows", "format", "compression", "stream", "window", "persist"))
-_OPTIONS_OF_ONE_ANSWER = ("session", "persist", "progress", "format", "stream", "window")
+_OPTIONS_OF_RESULTS = frozenset(
+    ("maxRows", "format", "compression", "stream", "window", "resumable", "persist")
+)
+_OPTIONS_OF_ONE_ANSWER = (
+    "session",
+    "persist",
+    "progress",
+    "format",
+    "stream",
+    "window",
+    "resumable",
+)
 
 
 def named_query(message: PluginMessage, sql: str) -> Query:
@@ -102,6 +113,7 @@ def _with_options(query: Query, fields: dict[str, Any]) -> Query:
         compression=compression,
         stream=stream,
         window=window,
+        resumable=flag(fields, "resumable"),
     )
     return _with(query, fields, options)
 
@@ -123,6 +135,10 @@ def _with(query: Query, fields: dict[str, Any], options: Options) -> Query:
             field = "stream" if options.stream else "compression"
             raise BadRequest(f"{field} is for the format arrow, which was not asked for.")
         formats = ("arrow",)
+    if options.resumable and not options.stream:
+        raise BadRequest("resumable is for chunked results; add stream: true.")
+    if options.resumable and "session" in given:
+        raise BadRequest("resumable is not for a session, which ends with its connection.")
     options = dataclasses.replace(
         options,
         params=params,
