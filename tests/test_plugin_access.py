@@ -44,6 +44,7 @@ def plugin() -> Plugin:
 def whoami(plugin: Plugin) -> None:
     """Let ``plugin`` say who asks."""
     plugin.on("who")(lambda call: [call.client.user, call.client.role.name])
+    plugin.route("POST", "/size")(lambda call: len(call.body))
     plugin.route("GET", "/who")(lambda call: [call.identity.user, call.identity.role.name])
 
 
@@ -114,6 +115,8 @@ def test_a_plugin_knows_who_comes(
     url = local.url.replace("ws:", "http:")
     assert fetch(f"{url}/who?token=ada")[::2] == (200, b'["ada","reader"]')
     assert fetch(f"{url}/who", headers={"X-User": "eve"})[::2] == (200, b'["eve","reader"]')
+    assert fetch(f"{url}/size?token=ada", data=b"x" * 60_000)[::2] == (200, b"60000")
+    assert fetch(f"{url}/size?token=eva", data=b"x" * 60_000)[0] == 401
     assert fetch(f"{url}/who")[0] == 401 and fetch(f"{url}/who?token=nobody")[0] == 401
     assert fetch(f"{url}/who?token=ghost")[2] == b"unauthorized: Ghosts may not come."
     assert fetch(f"{url}/healthz")[0] == 200
@@ -300,10 +303,11 @@ def test_over_http_as_well(launch: Launch) -> None:
     status, kind, body = fetch(f"{url}/channels/%6eo", **said)
     assert (status, kind, json.loads(body)["code"]) == (403, "application/json", "forbidden")
     assert fetch(f"{url}/see/a")[0] == 200 and fetch(f"{url}/see/no")[0] == 403
+    assert fetch(f"{url}/see/no", method="HEAD")[0] == 403
     assert fetch(f"{url}/open/no")[0] == 200 and fetch(f"{url}/see/break")[0] == 500
     assert judge.asked == [
         ("notify", "news"), ("notify", "no"), ("http", "GET /see/a"), ("http", "GET /see/no"),
-        ("http", "GET /see/break"),
+        ("http", "GET /see/no"), ("http", "GET /see/break"),
     ]  # fmt: skip
 
 

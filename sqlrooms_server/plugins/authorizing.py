@@ -95,7 +95,9 @@ def http_action(request: HttpRequest) -> Action:
     """What whoever sent ``request`` wants to do: to publish is the same over HTTP."""
     if request.method == "POST" and request.path.startswith(_CHANNELS):
         return Action("notify", unquote(request.path.removeprefix(_CHANNELS)))
-    return Action("http", f"{request.method} {request.path}")
+    # HEAD is a GET of which the body is not sent.
+    method = "GET" if request.method == "HEAD" else request.method
+    return Action("http", f"{method} {request.path}")
 
 
 def _object(message: PluginMessage) -> str:
