@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import socket
@@ -50,6 +51,7 @@ class Bodies(Plugin):
         super().__init__()
         self.made: list[Blocks] = []
         self.lost: list[str] = []
+        self.has_begun = threading.Event()
         self.was_lost = threading.Event()
         self.release = threading.Event()
 
@@ -70,6 +72,8 @@ class Bodies(Plugin):
         register("POST", "/slow", True)(self.slow)
         register("POST", "/early", True)(lambda call: Response("enough", 200))
         register("POST", "/refuse", True)(lambda call: Response("no", 403))
+        register("POST", "/late", True)(self.late)
+        register("POST", "/late-stream", True)(self.late_stream)
         register("POST", "/wait", True)(self.wait)
 
     def blocks(self, count: int | None) -> Blocks:
@@ -121,10 +125,18 @@ class Bodies(Plugin):
         self.release.wait(DEADLINE)
         return str(sum(len(data) for data in call.chunks))
 
+    async def late(self, call: Any) -> Response:
+        await asyncio.sleep(0.05)
+        return Response("late", 403)
+
+    async def late_stream(self, call: Any) -> Iterator[bytes]:
+        await asyncio.sleep(0.05)
+        return iter([b"late"])
+
     async def wait(self, call: Any) -> None:
         try:
             async for _ in call.chunks:
-                pass
+                self.has_begun.set()
         except BaseException as error:
             self.lost.append(type(error).__name__)
             self.was_lost.set()
@@ -263,7 +275,8 @@ def test_what_a_plugin_does_not_go_on_with_ends(server: LocalServer, bodies: Bod
 
 def test_a_client_that_goes_away_ends_the_handler(server: LocalServer, bodies: Bodies) -> None:
     head = b"POST /wait HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc"
-    raw(server.port, head).close()
+    with raw(server.port, head):
+        assert bodies.has_begun.wait(DEADLINE)
     assert bodies.was_lost.wait(DEADLINE)
     assert bodies.lost[0] in ("Cancelled", "CancelledError")
 
@@ -280,6 +293,12 @@ def test_who_answers_early_leaves_the_connection_as_it_should_be(server: LocalSe
     connection.sendall(b"x" * size)
     received = rest_of(connection)
     assert received.startswith(b"HTTP/1.1 403") and received.endswith(b"no")
+    # The client may want the socket to be closed with the answer, while its body waits.
+    closing = head.replace(b"Host", b"Connection: close\r\nHost")
+    for path in (b"/early", b"/refuse", b"/late", b"/late-stream"):
+        connection = raw(server.port, closing % (path, 10 * size) + b"x" * 10_000)
+        with contextlib.suppress(OSError):
+            assert rest_of(connection).startswith(b"HTTP/1.1")
     # Without an end, it is not listened to for ever.
     connection = raw(server.port, head % (b"/refuse", 1 << 40))
     with connection, pytest.raises(OSError):

@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 
+from sqlrooms_server import StartupError
+from sqlrooms_server.app_config import AppConfig
 from sqlrooms_server.builtin.static import with_configuration
+from sqlrooms_server.server import Server
+from sqlrooms_server.settings import Settings
 from tests.chromium import open_page, serve_pages
 from tests.conftest import LocalServer, ServerProcess
 from tests.http_client import Answer, ask
@@ -147,6 +151,30 @@ def test_its_own_page_may_connect_under_a_name_that_was_given(
     assert evil.status == 403 and b"--allow-host evil.example" in evil.body
     assert status(launch(static=str(pages), allow_host=("*",)), "http://{}") == 403
     assert status(launch(allow_host=("data.example.com",)), "http://{}") == 403
+
+
+def test_an_app_has_a_front_end_of_its_own(pages: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "file").write_text("of sales")
+    own = {"static": str(pages), "files": (f"data={tmp_path}/data",)}
+    server = Server(Settings(port=0), apps=[AppConfig("sales", own)])
+    port = server.start()
+    try:
+        answer = ask(port, "GET", "/sales/")
+        assert told(answer.body)["url"] == f"ws://127.0.0.1:{port}/sales/"
+        assert told(ask(port, "GET", "/sales/some/place", Accept="text/html").body) == told(
+            answer.body
+        )
+        assert ask(port, "GET", "/sales").headers["location"] == "sales/"
+        assert ask(port, "GET", "/sales/docs").headers["location"] == "./docs/"
+        assert ask(port, "GET", "/sales/files/data/file").body == b"of sales"
+        for path in ("/", "/files/data/file", "/sqlrooms-config.json"):
+            assert ask(port, "GET", path).status == 404
+    finally:
+        server.stop()
+    other = AppConfig("other", {"db_path": str(tmp_path / "data" / "my.duckdb")})
+    with pytest.raises(StartupError, match=r"--files data: .* holds the database"):
+        Server(Settings(port=0), apps=[AppConfig("sales", own), other])
 
 
 def test_the_script_is_only_what_it_should_be() -> None:

@@ -20,6 +20,7 @@ from sqlrooms_server.messages import Params
 
 if TYPE_CHECKING:
     from sqlrooms_server.db.engine import Engine
+    from sqlrooms_server.db.statements import Classifier
 
 DUCKDB_VERSION: str = duckdb.__version__
 
@@ -251,10 +252,15 @@ class Cursor:
             self.native, sql, self._policy, self._classifier, own_names=self._is_special
         )
 
-    def prepare(self, prepare: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
+    def prepare(
+        self,
+        prepare: Callable[[duckdb.DuckDBPyConnection], None],
+        classifier: Callable[[Engine], Classifier],
+    ) -> None:
         """Let ``prepare`` set up the native cursor, unless an earlier job of the session did.
 
-        When it raises something, the cursor of a session is given up: the next job gets another.
+        ``classifier`` gives the one for such cursors, but those of sessions. When something is
+        raised, the cursor of a session is given up: the next job gets another.
         """
         session = self._session
         if session is not None and session.is_prepared:
@@ -270,7 +276,7 @@ class Cursor:
         if session is not None:
             session.is_prepared = True
         else:
-            self._classifier = self._engine.classifier_of_prepared
+            self._classifier = classifier(self._engine)
 
     @property
     def is_special(self) -> bool:

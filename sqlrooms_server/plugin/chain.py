@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlrooms_server.db.cursor import Cursor, Result
+from sqlrooms_server.db.engine import Engine
+from sqlrooms_server.db.statements import Classifier
 from sqlrooms_server.db.values import is_table
 from sqlrooms_server.errors import InternalError, ServerError, StartupError
 from sqlrooms_server.plugin import Plugin
@@ -47,12 +49,20 @@ class Chain:
         taking_part = (*self.prepare_cursor, *self.around_query)
         self.takes_part = bool(taking_part)
         self.is_personal = any(not plugin.is_transparent for plugin, _ in taking_part)
+        # Of cursors that these plugins prepare.
+        self._classifier: Classifier | None = None
         self._interceptors = tuple(reversed(self.around_query))
 
     def prepare(self, cursor: Cursor, client: Client) -> None:
         """Let plugins set up ``cursor``, for a query of ``client``."""
         if self.prepare_cursor:
-            cursor.prepare(lambda native: self._prepare(native, client))
+            cursor.prepare(lambda native: self._prepare(native, client), self._classifier_of)
+
+    def _classifier_of(self, engine: Engine) -> Classifier:
+        # Apps that share an engine have plugins of their own.
+        if self._classifier is None:
+            self._classifier = engine.new_classifier()
+        return self._classifier
 
     def _prepare(self, native: Any, client: Client) -> None:
         for plugin, hook in self.prepare_cursor:

@@ -257,9 +257,7 @@ class Exchange:
 
     def aborted(self) -> None:
         """For the transport: the client went away."""
-        self._res = None
-        if self._wire is not None:
-            self._wire.forget(self._number)
+        self._answered()
         self._end(lambda source: source.dropped())
 
     def _go_on_later(self) -> None:
@@ -276,6 +274,8 @@ class Exchange:
             self.abort()
             return
         res = self._res
+        if len(rest) == length - self._written:
+            self._leave_body(closes=False)
         result = native.lib.uws_res_try_end(
             self._tls, res, native.ffi.from_buffer(rest), len(rest), length, False
         )
@@ -301,6 +301,7 @@ class Exchange:
         if len(rest):
             has_room = native.lib.uws_res_write(tls, res, native.ffi.from_buffer(rest), len(rest))
         if self._is_last:
+            self._leave_body(closes=False)
             native.lib.uws_res_end(tls, res, b"", 0, False)
             self._complete()
         elif not has_room:
@@ -311,8 +312,7 @@ class Exchange:
         native.limit_silence(self._tls, self._res, _STALLED_SECONDS)
 
     def _complete(self) -> None:
-        res, self._res = self._res, None
-        self._answered(res, closes=False)
+        self._answered()
         self._end(lambda source: source.sent())
 
     def _end(self, tell: Callable[[Source], None]) -> None:
@@ -327,21 +327,23 @@ class Exchange:
 
     def _answer_with(self, write: Callable[[], None], closes: bool) -> None:
         """Let ``write`` write all of the answer, in one call of the kernel."""
+        self._leave_body(closes)
         native.corked_response(self._tls, self._res, write)
-        res, self._res = self._res, None
-        self._answered(res, closes=closes)
+        self._answered()
         self._end(lambda source: source.dropped())
 
-    def _answered(self, res: Any, *, closes: bool) -> None:
-        """The answer is complete; what comes of the body now is for nobody."""
-        if self._wire is None:
+    def _leave_body(self, closes: bool) -> None:
+        """The answer will be complete, and what comes of the body then is for nobody. Before it is:
+        a client may have asked that the socket closes with it."""
+        if self._body_ended or self._wire is None:
             return
-        self._wire.forget(self._number)
-        if self._body_ended:
-            return
-        if self._is_paused:
-            native.resume_reading(self._tls, res, self._wire.loop, _SILENT_SECONDS)
-        self._wire.refused(res, closes)
+        self.resume_reading()
+        self._wire.refused(self._res, closes)
+
+    def _answered(self) -> None:
+        self._res = None
+        if self._wire is not None:
+            self._wire.forget(self._number)
 
     def _all_headers(self, content_type: str, headers: Mapping[str, str] | None) -> dict[str, str]:
         given = {"Content-Type": content_type, "Cache-Control": "no-store", **(headers or {})}
