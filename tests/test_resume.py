@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 
 from sqlrooms_server import Plugin
+from sqlrooms_server.app_config import AppConfig
 from sqlrooms_server.client import ConnectionLost, connect, connect_async
 from sqlrooms_server.features.requests import Requests
 from sqlrooms_server.features.resumable import ResumableRequest
@@ -26,6 +27,7 @@ from tests.conftest import LocalServer
 from tests.cutting import CuttingProxy
 from tests.resumer import Resumer
 from tests.streams import Streams, stream
+from tests.test_apps import Local as ServerOfApps
 from tests.test_requests import Loop, SlowPeer, loop, requests
 from tests.test_tokens import digest
 from tests.wire import DEADLINE, Wire
@@ -518,6 +520,21 @@ def test_only_the_same_identity_resumes(launch: Launch, tmp_path: Path, come: Co
     server.server.reload()
     with server.connect("/?token=ada-token") as wire:
         assert refused(wire, second.token, second.seq) == unknown
+
+
+def test_a_stream_of_another_app_is_unknown(come: Come) -> None:
+    server = ServerOfApps(AppConfig("a"), resume_window=WINDOW)
+    try:
+        resumer = come(f"ws://127.0.0.1:{server.port}/a")
+        resumer.ask(BIG, window=1 << 20)
+        resumer.read(1 << 20)
+        resumer.lose()
+        with server.connect("/") as wire:
+            assert refused(wire, resumer.token, resumer.seq) == refused(wire, "unknown")
+        resumer.finish()
+        assert resumer.summary is not None and resumer.summary["rows"] == 800_000
+    finally:
+        server.server.stop()
 
 
 def test_the_server_stops(launch: Launch, come: Come) -> None:
