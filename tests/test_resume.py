@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
@@ -14,6 +15,8 @@ import pyarrow as pa
 import pytest
 
 from sqlrooms_server import Plugin
+from sqlrooms_server.app_config import AppConfig
+from sqlrooms_server.client import ConnectionLost, connect, connect_async
 from sqlrooms_server.features.requests import Requests
 from sqlrooms_server.features.resumable import ResumableRequest
 from sqlrooms_server.features.resuming import Resuming
@@ -24,6 +27,7 @@ from tests.conftest import LocalServer
 from tests.cutting import CuttingProxy
 from tests.resumer import Resumer
 from tests.streams import Streams, stream
+from tests.test_apps import Local as ServerOfApps
 from tests.test_requests import Loop, SlowPeer, loop, requests
 from tests.test_tokens import digest
 from tests.wire import DEADLINE, Wire
@@ -111,9 +115,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def lost(server: LocalServer, resumer: Resumer) -> None:
     """Lose the connection, and wait until the server knows."""
-    before = len(of(server)._waiting)
+    stream = of(server)._streams[resumer.token]
     resumer.lose()
-    wait_until(lambda: len(of(server)._waiting) > before)
+    wait_until(lambda: stream in of(server)._waiting)
 
 
 def whole(server: LocalServer, sql: str = BIG, **options: Any) -> bytes:
@@ -383,8 +387,8 @@ def test_too_many_wait(launch: Launch, come: Come) -> None:
         resumers[-1].ask(ENDLESS, window=1 << 20)
         resumers[-1].read(1 << 20)
     for resumer in resumers:
-        resumer.lose()
-    wait_until(lambda: len(of(server)._streams) == 2)
+        lost(server, resumer)
+    assert len(of(server)._streams) == 2
     wait_until(lambda: len(server.server.scheduler._jobs) == 2)
     codes = []
     for resumer in resumers:
@@ -455,6 +459,44 @@ hash = "{digest("bob-token")}"
 """
 
 
+BUDGETS = [2000, 300_000, 1_200_000, 2_000_000, 3_000_000]
+
+
+def test_the_client_goes_on_by_itself(server: LocalServer) -> None:
+    with CuttingProxy(server.port, BUDGETS) as proxy, connect(proxy.url) as client:
+        with client.query(BIG, resume=True) as result:
+            batches = list(result)
+        assert proxy.cuts > 2
+        assert result.summary is not None and result.summary.rows == 800_000
+        wait_until(lambda: is_empty(server))
+    assert pa.Table.from_batches(batches).equals(pa.ipc.open_stream(whole(server)).read_all())
+
+
+def test_the_client_for_asyncio_goes_on_by_itself(server: LocalServer) -> None:
+    async def run(url: str) -> pa.Table:
+        async with connect_async(url) as client:
+            result = await client.query(BIG, resume=True)
+            return pa.Table.from_batches([batch async for batch in result])
+
+    with CuttingProxy(server.port, BUDGETS) as proxy:
+        table = asyncio.run(run(proxy.url))
+        assert proxy.cuts > 2
+    assert table.equals(pa.ipc.open_stream(whole(server)).read_all())
+
+
+def test_the_client_when_the_server_has_not_kept_it(server: LocalServer) -> None:
+    with CuttingProxy(server.port) as proxy, connect(proxy.url) as client:
+        batches = iter(client.query(BIG, resume=True))
+        next(batches)
+        of(server).close()
+        wait_until(lambda: not of(server)._streams)
+        proxy.cut()
+        with pytest.raises(ConnectionLost, match="has not kept the result"):
+            list(batches)
+        # A query that reads is sent again when nobody has seen anything of its result.
+        assert client.query(BIG, resume=True).to_arrow().num_rows == 800_000
+
+
 def test_only_the_same_identity_resumes(launch: Launch, tmp_path: Path, come: Come) -> None:
     path = tmp_path / "tokens.toml"
     path.write_text(TOKENS)
@@ -478,6 +520,21 @@ def test_only_the_same_identity_resumes(launch: Launch, tmp_path: Path, come: Co
     server.server.reload()
     with server.connect("/?token=ada-token") as wire:
         assert refused(wire, second.token, second.seq) == unknown
+
+
+def test_a_stream_of_another_app_is_unknown(come: Come) -> None:
+    server = ServerOfApps(AppConfig("a"), resume_window=WINDOW)
+    try:
+        resumer = come(f"ws://127.0.0.1:{server.port}/a")
+        resumer.ask(BIG, window=1 << 20)
+        resumer.read(1 << 20)
+        resumer.lose()
+        with server.connect("/") as wire:
+            assert refused(wire, resumer.token, resumer.seq) == refused(wire, "unknown")
+        resumer.finish()
+        assert resumer.summary is not None and resumer.summary["rows"] == 800_000
+    finally:
+        server.server.stop()
 
 
 def test_the_server_stops(launch: Launch, come: Come) -> None:

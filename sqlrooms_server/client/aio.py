@@ -113,6 +113,7 @@ class AsyncClient:
         progress: ProgressOption = None,
         query_id: str | None = None,
         persist: bool = False,
+        resume: bool = False,
     ) -> AsyncResult:
         """Run ``sql`` and return its last result as soon as its columns are known."""
         request = self._requests.request(
@@ -121,6 +122,7 @@ class AsyncClient:
             params,
             query_id=query_id,
             persist=persist,
+            resume=resume,
             timeout=timeout,
             progress=progress,
             max_rows=max_rows,

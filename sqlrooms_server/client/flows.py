@@ -77,6 +77,7 @@ class Requests:
         compression: str | None = None,
         session: Session | None = None,
         persist: bool = False,
+        resume: bool = False,
     ) -> Request:
         """A query, checked. Raises ``TypeError`` for a parameter that has no SQL type."""
         return Request(
@@ -89,6 +90,7 @@ class Requests:
             compression=compression,
             session=session,
             persist=persist,
+            resume=resume,
             reporter=reporter(progress),
         )
 

@@ -39,6 +39,7 @@ from sqlrooms_server.client.replies import (
     Message,
     Progress,
     Reply,
+    Resumable,
     Watching,
 )
 
@@ -49,7 +50,7 @@ _MAYBE_WITHOUT_ID = (CACHE_STATS, WATCH)
 _KINDS = (*_MAYBE_WITHOUT_ID, SUBSCRIBE, NOTIFY, MEMBERS)
 
 # What is not the last reply to a request.
-_NOT_FINAL = (Progress, Consumed, Event, Opened, ObjectData, ObjectAck)
+_NOT_FINAL = (Progress, Resumable, Consumed, Event, Opened, ObjectData, ObjectAck)
 
 
 class Link:

@@ -62,6 +62,13 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumable:
+    """The chunks that follow can go on over another connection, for whoever has ``token``."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """A JSON array of row objects, as text."""
 
@@ -237,6 +244,7 @@ class Lost:
 
 Reply = (
     Chunk
+    | Resumable
     | Rows
     | Done
     | Progress

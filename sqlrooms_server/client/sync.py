@@ -100,6 +100,7 @@ class Client:
         progress: ProgressOption = None,
         query_id: str | None = None,
         persist: bool = False,
+        resume: bool = False,
     ) -> Result:
         """Run ``sql`` and return its last result as soon as its columns are known.
 
@@ -110,6 +111,9 @@ class Client:
         is called with ``Progress`` about five times a second; True shows a bar in a terminal or
         notebook. ``query_id`` is a name under which another thread can ``cancel``. With ``persist``
         the server may take the result from its cache, and leaves it there; ``cached`` says so.
+        With ``resume`` it goes on where it was after a lost connection, also when batches were
+        read, if the server keeps results for that (``--resume-window``). Close such a result
+        before the client, or the server waits for the rest to be asked for.
         """
         request = self._requests.request(
             "arrow",
@@ -117,6 +121,7 @@ class Client:
             params,
             query_id=query_id,
             persist=persist,
+            resume=resume,
             timeout=timeout,
             progress=progress,
             max_rows=max_rows,
