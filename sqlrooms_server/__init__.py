@@ -5,33 +5,85 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sqlrooms_server.errors import ServerError, StartupError
+from sqlrooms_server.app_config import AppConfig
+from sqlrooms_server.errors import (
+    BadRequest,
+    Conflict,
+    Forbidden,
+    NotFound,
+    QueryError,
+    ServerError,
+    StartupError,
+    Unauthorized,
+)
 from sqlrooms_server.settings import Settings
 
 if TYPE_CHECKING:
-    from sqlrooms_server.plugin import Plugin, Response, on, route
+    from sqlrooms_server.access import Identity
+    from sqlrooms_server.access.roles import Role
+    from sqlrooms_server.db.policy import Policy
+    from sqlrooms_server.plugin import (
+        Action,
+        Client,
+        Credentials,
+        ObjectType,
+        Outcome,
+        Plugin,
+        Query,
+        Response,
+        on,
+        route,
+        stream,
+    )
     from sqlrooms_server.server import Server
 
 __version__ = "0.2.0.dev0"
 __all__ = [
+    "Action",
+    "AppConfig",
+    "BadRequest",
+    "Client",
+    "Conflict",
+    "Credentials",
+    "Forbidden",
+    "Identity",
+    "NotFound",
+    "ObjectType",
+    "Outcome",
     "Plugin",
+    "Policy",
+    "Query",
+    "QueryError",
     "Response",
+    "Role",
     "Server",
     "ServerError",
     "Settings",
     "StartupError",
+    "Unauthorized",
     "__version__",
     "on",
     "route",
+    "stream",
 ]
 
 # They load DuckDB and the WebSocket library, which the client needs neither of.
 _LATER = {
+    "Action": "plugin",
+    "Client": "plugin",
+    "Credentials": "plugin",
+    "Identity": "access",
+    "ObjectType": "plugin",
+    "Outcome": "plugin",
     "Plugin": "plugin",
+    "Policy": "db.policy",
+    "Query": "plugin",
     "Response": "plugin",
+    "Role": "access.roles",
     "Server": "server",
     "on": "plugin",
     "route": "plugin",
+    "stream": "plugin",
 }
 
 

@@ -12,11 +12,19 @@ import socket
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlrooms_server import __version__
+from sqlrooms_server.configuration import Configuration, load
 from sqlrooms_server.errors import StartupError
-from sqlrooms_server.settings import Settings, environment_variable, fields, flag, load, parse
+from sqlrooms_server.settings import Settings, environment_variable, fields, flag, parse
+
+if TYPE_CHECKING:
+    from sqlrooms_server.app import App
+    from sqlrooms_server.server import Server
+
+# The settings of what is read again when a signal asks for it.
+_READ_AGAIN = ("tokens", "queries")
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Windows has none.
@@ -26,7 +34,7 @@ _MAX_SIGNALS = 64 << 10
 
 _EPILOG = """\
 "sqlrooms-server query SQL" asks a server that is running, "sqlrooms-server token new" makes a
-token; see "sqlrooms-server query --help" and "sqlrooms-server token --help".
+token, "sqlrooms-server types" writes TypeScript types of named queries; each has a --help.
 
 Every setting is also an environment variable (SQLROOMS_DB_PATH for --db-path) and a key of the
 TOML file given with --config (db_path = "my.duckdb"). The command line wins over the environment,
@@ -37,26 +45,30 @@ and the environment over the file.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns 2 when the server cannot start; else the process ends here.
 
-    ``query`` or ``token`` as the first argument is another command, of which this returns the
-    exit status.
+    ``query``, ``token`` or ``types`` as the first argument is another command, of which this
+    returns the exit status.
     """
     if arguments is None:
         arguments = sys.argv[1:]
-        if arguments[:1] not in (["query"], ["token"]):
+        if arguments[:1] not in (["query"], ["token"], ["types"]):
             _hide_token(arguments)
     if arguments[:1] == ["query"]:
         # Not at the top: either command starts without what only the other one needs.
         from sqlrooms_server import query_command
 
         return query_command.main(arguments[1:])
+    if arguments[:1] == ["types"]:
+        from sqlrooms_server import types_command
+
+        return types_command.main(arguments[1:])
     if arguments[:1] == ["token"]:
         from sqlrooms_server import token_command
 
         return token_command.main(arguments[1:])
     try:
-        settings = _settings(arguments)
+        configuration = _configuration(arguments)
         _forget_secrets()
-        _serve(settings)
+        _serve(configuration)
     except StartupError as error:
         print(f"sqlrooms-server: {error}", file=sys.stderr)
         return 2
@@ -123,7 +135,7 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
     return f"{default >> 20}MiB" if field.metadata["unit"] == "size" else str(default)
 
 
-def _settings(arguments: Sequence[str] | None) -> Settings:
+def _configuration(arguments: Sequence[str] | None) -> Configuration:
     given = vars(build_parser().parse_args(arguments))
     config = given.pop("config", None)
     by_name = {field.name: field for field in fields()}
@@ -134,7 +146,8 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
     return load(flags, os.environ, config or os.environ.get(environment_variable("config")))
 
 
-def _serve(settings: Settings) -> NoReturn:
+def _serve(configuration: Configuration) -> NoReturn:
+    settings = configuration.settings
     logging.basicConfig(
         level=settings.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -149,13 +162,14 @@ def _serve(settings: Settings) -> NoReturn:
     # Not at the top: --help needs neither DuckDB nor the native library, which may be missing.
     from sqlrooms_server.server import Server
 
-    signals = _Signals(reloads=bool(settings.tokens))
-    server = Server(settings)
+    every = [vars(settings), *(app.settings for app in configuration.apps)]
+    signals = _Signals(reloads=any(of.get(name) for of in every for name in _READ_AGAIN))
+    server = Server(settings, apps=configuration.apps, options=configuration.options)
     port = server.start()
     signals.started()
     # What lives now lives as long as the process; the collector need not visit it again.
     gc.freeze()
-    print(_welcome(settings, port), flush=True)
+    print(_welcome(settings, port, server), flush=True)
     while signals.asks_to_reload():
         server.reload()
     signals.last()
@@ -220,7 +234,7 @@ class _Signals:
             os._exit(128 + number)
 
 
-def _welcome(settings: Settings, port: int) -> str:
+def _welcome(settings: Settings, port: int, server: Server) -> str:
     from sqlrooms_server.db import room_files
     from sqlrooms_server.db.cursor import DUCKDB_VERSION
     from sqlrooms_server.transport.addresses import is_loopback
@@ -228,13 +242,17 @@ def _welcome(settings: Settings, port: int) -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     if host == "127.0.0.1":
         host = "localhost"
-    mode = ", read-only" if settings.read_only else ""
-    if settings.auth_token or settings.tokens:
-        access = "token required"
-    elif settings.unix_socket or is_loopback(settings.host):
-        access = "pages and programs of this machine"
-    else:
-        access = "whoever can reach it"
+
+    def database(of: Settings) -> str:
+        return of.db_path + (", read-only" if of.read_only else "")
+
+    def access(app: App) -> str:
+        if app.gate.needs_token:
+            return "token required"
+        if settings.unix_socket or is_loopback(settings.host):
+            return "pages and programs of this machine"
+        return "whoever can reach it"
+
     secure = "s" if settings.tls_cert else ""
     address, health = f"ws{secure}://{host}:{port}", f"http{secure}://{host}:{port}/readyz"
     if settings.unix_socket:
@@ -244,13 +262,15 @@ def _welcome(settings: Settings, port: int) -> str:
         f"sqlrooms-server {__version__}, DuckDB {DUCKDB_VERSION}",
         "",
         f"  address   {address}",
-        f"  database  {settings.db_path}{mode}",
+        f"  database  {database(settings)}",
     ]
     if settings.sync:
         where = room_files.place(settings.db_path, settings.meta_db, settings.rooms_db)
         lines.append(f"  rooms     {where}")
+    lines.append(f"  access    {access(server.main)}")
+    for app in server.apps.values():
+        lines.append(f"  app       {address}{app.path}: {database(app.settings)}; {access(app)}")
     lines += [
-        f"  access    {access}",
         f"  health    {health}",
         "",
         "Press Ctrl+C to stop.",

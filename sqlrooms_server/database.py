@@ -1,37 +1,32 @@
-"""A database that is open, the results that are kept of it, and its rooms."""
+"""A database that is open, and the results that are kept of it."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlrooms_server import __version__
 from sqlrooms_server.cache import ResultCache, fingerprint
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.engine import environment as engine_environment
-from sqlrooms_server.db.room_files import place, published_rooms
-from sqlrooms_server.db.room_store import RoomStore
 from sqlrooms_server.db.sandbox import Sandbox
 from sqlrooms_server.db.store import create_meta_tables
 from sqlrooms_server.settings import Settings
-
-log = logging.getLogger(__name__)
 
 
 class Database:
     """What ``settings`` say of one database. Opened by the constructor, which raises
     ``StartupError``; :meth:`close` ends all of it.
 
-    ``cache`` is None when results are not kept, ``rooms`` when there are none.
+    ``cache`` is None when results are not kept. ``others`` are settings of other databases, whose
+    files no client of this one may read.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, others: Sequence[Settings] = ()) -> None:
         self._settings = settings
         self.cache: ResultCache | None = None
-        self.rooms: RoomStore | None = None
         with contextlib.ExitStack() as undo:
             restore_cache = self._open_cache()
             undo.callback(self._close_cache, None)
@@ -40,22 +35,14 @@ class Database:
                 read_only=settings.read_only,
                 extensions=settings.extensions,
                 limits=settings.duckdb_limits,
-                sandbox=Sandbox.of(settings),
+                sandbox=Sandbox.of(settings, others),
                 max_nesting=settings.max_sql_nesting,
             )
             undo.callback(lambda: self.engine.close(time.monotonic() + 1.0))
             restore_cache()
             create_meta_tables(self.engine, settings.meta_namespace, settings.meta_db)
-            if settings.sync:
-                self.rooms = self._open_rooms()
-                undo.callback(lambda: self.close_rooms(time.monotonic() + 1.0))
             self.engine.lock()
             undo.pop_all()
-
-    def close_rooms(self, deadline: float) -> None:
-        """Write what was handed to the file of the rooms, and close it."""
-        if self.rooms is not None and not self.rooms.close(deadline):
-            log.warning("The file of the rooms was not closed in time; nothing acked is lost.")
 
     def close(self, deadline: float, cache_deadline: float, *, is_quiet: bool) -> bool:
         """Close all; False when that was not done in time. Nothing is lost then.
@@ -66,17 +53,6 @@ class Database:
         closed = self.engine.close(deadline) and is_quiet
         self._close_cache(self._fingerprint() if closed else None, cache_deadline)
         return closed
-
-    def _open_rooms(self) -> RoomStore:
-        settings = self._settings
-        store = RoomStore(place(settings.db_path, settings.meta_db, settings.rooms_db))
-        try:
-            if store.is_new:
-                store.take_over(published_rooms(self.engine, settings.meta_namespace))
-        except BaseException:
-            store.close(time.monotonic() + 1.0)
-            raise
-        return store
 
     def _fingerprint(self) -> dict[str, Any] | None:
         """What tells that the database file is as this server, or the last one, left it."""

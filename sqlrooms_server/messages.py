@@ -47,6 +47,7 @@ class Options:
     compression: Compression | None = None
     stream: bool = False
     window: int | None = None
+    resumable: bool = False
     session: str | None = None
     persist: bool = False
     size: int = 0
@@ -59,7 +60,8 @@ NO_OPTIONS = Options()
 class Query:
     """``{type: "arrow" | "json" | "exec", sql, queryId?}`` and options.
 
-    ``formats`` are those the reply may have, the best first; none for ``exec``.
+    ``formats`` are those the reply may have, the best first; none for ``exec``. ``is_trusted``: the
+    server itself made the text, which no client can say, so that no role bounds what it does.
     """
 
     kind: QueryKind
@@ -67,6 +69,7 @@ class Query:
     query_id: QueryId
     formats: tuple[Format, ...]
     options: Options = NO_OPTIONS
+    is_trusted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +81,14 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """``{type: "ack", queryId, bytes}``: the bytes of a chunked result consumed so far."""
+    """``{type: "ack", queryId, bytes, last?}``: the bytes of a chunked result consumed so far.
+
+    ``last``: so was its last message.
+    """
 
     query_id: QueryId
     size: int
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +253,8 @@ class PluginMessage:
     """A message of a type that a plugin has: text, or a header and ``body`` in a binary message.
 
     ``fields`` are those that are not of the protocol; of ``options``, a reply can have a deadline
-    (``timeoutMs``), be cut into chunks (``stream``, ``window``) and compressed (``compression``).
+    (``timeoutMs``), be cut into chunks (``stream``, ``window``, ``resumable``) and compressed
+    (``compression``).
     """
 
     kind: str
@@ -255,6 +263,31 @@ class PluginMessage:
     options: Options = NO_OPTIONS
     body: memoryview | None = None
     size: int = 0
+
+
+# Kinds of messages that go on with an object that their sender has opened or fetched.
+OF_OPEN_OBJECTS = ("object-data", "object-ack", "object-close", "object-release")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamData:
+    """Binary, header ``{type: "streamData", queryId, input, seq, last?}``, body a part of the
+    Arrow IPC stream of an input."""
+
+    query_id: QueryId
+    input: str
+    body: memoryview
+    seq: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StreamAck:
+    """``{type: "streamAck", queryId, output, bytes}``: the bytes of an output consumed so far."""
+
+    query_id: QueryId
+    output: str
+    size: int
 
 
 Message = (
@@ -280,4 +313,6 @@ Message = (
     | RoomUpdate
     | RoomPresence
     | PluginMessage
+    | StreamData
+    | StreamAck
 )

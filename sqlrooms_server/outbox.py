@@ -18,7 +18,8 @@ class Outbox:
     """One message that is produced while it is sent; a :class:`transport.Source`.
 
     The worker calls ``put``, ``finish`` and ``fail``; the loop thread ``pull``, ``sent`` and
-    ``dropped``, and ``fail`` too. ``on_room`` is called when a full outbox has room again,
+    ``dropped``, and ``fail`` too. It is full from ``high`` bytes on. ``on_room`` is called when a
+    full outbox has room again,
     ``on_data`` when an empty one has something to send, ``on_sent`` after the last fragment of
     a message that did not fail.
     """
@@ -29,19 +30,29 @@ class Outbox:
         on_room: Callable[[], None],
         on_data: Callable[[], None],
         on_sent: Callable[[], None],
+        high: int = HIGH_BYTES,
     ) -> None:
+        self._high = high
+        self._low = min(LOW_BYTES, high // 2)
         self._on_room = on_room
         self._on_data = on_data
         self._on_sent = on_sent
         self._lock = threading.Lock()
         self._chunks: deque[Chunk] = deque()
         self._size = 0
+        # Of all chunks.
+        self.put_bytes = 0
         self._rest: memoryview | None = None
         self._begun = False
         self._full = False
         self._starving = False
         self._finished = False
         self._failed = False
+
+    @property
+    def is_starving(self) -> bool:
+        """Whether the socket could take more than there is."""
+        return self._starving
 
     def put(self, chunk: Chunk) -> bool:
         """Add a chunk; True when the outbox is full now, and ``on_room`` will follow."""
@@ -50,7 +61,8 @@ class Outbox:
                 return False
             self._chunks.append(chunk)
             self._size += len(chunk)
-            self._full = self._size >= HIGH_BYTES
+            self.put_bytes += len(chunk)
+            self._full = self._size >= self._high
             wake = self._starving
             self._starving = False
             full = self._full
@@ -102,7 +114,7 @@ class Outbox:
             self._rest = rest if len(rest) else None
             self._begun = True
             self._size -= len(fragment)
-            if self._full and self._size < LOW_BYTES:
+            if self._full and self._size < self._low:
                 self._full = False
                 room = True
             last = self._finished and self._rest is None and not self._chunks

@@ -1,8 +1,5 @@
 """The table of settings: one declaration gives the flag, the environment variable, the TOML key
-and the row of the README.
-
-A value is taken from the command line, else from ``SQLROOMS_<NAME>``, else from the TOML file,
-else the default.
+and the row of the README. Where values come from is in :mod:`configuration`.
 """
 
 from __future__ import annotations
@@ -10,22 +7,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import sys
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from sqlrooms_server.errors import StartupError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 ENVIRONMENT_PREFIX = "SQLROOMS_"
-
-# A variable of a script that was never set must not open a server which was to be closed.
-_GUARDS = ("auth_token", "auth_token_file", "tokens", "sandbox")
 
 # Of a chunked upload: what may have been sent and not yet been consumed.
 UPLOAD_WINDOW_BYTES = 32 << 20
@@ -179,7 +165,7 @@ class Settings:
     stream_idle_timeout: int = _setting(
         60,
         "Seconds after which a chunked result that its client does not acknowledge, or a chunked "
-        "upload that it does not go on with, is given up.",
+        "upload or stream that it does not go on with, is given up.",
     )
     session_idle_timeout: int = _setting(
         600, "Seconds without a query after which a session ends and is rolled back."
@@ -242,6 +228,70 @@ class Settings:
     )
     plugin_workers: int = _setting(
         0, "Threads for functions of plugins; 0 means four for each core, at least 8."
+    )
+    plugin_backlog: int = _setting(
+        10_000,
+        "Queries that are done and of which a plugin has not been told; it misses those over it.",
+    )
+    files: tuple[str, ...] = _setting(
+        (),
+        "Directories whose files clients can list, download and preview, as NAME=DIR; with "
+        "NAME=DIR:rw they can also upload, make directories and delete.",
+    )
+    # The transport takes bodies that say that they have 999,999,999 bytes at most.
+    max_file_size: int = _setting(
+        900 << 20,
+        "Largest file that a client may upload; over 999,999,999 bytes only with "
+        "Transfer-Encoding: chunked.",
+        unit="size",
+    )
+    static: str = _setting(
+        "", "Directory with a front end, served at / to everybody who may reach the port."
+    )
+    queries: str = _setting(
+        "",
+        "Directory of named queries, a .sql file each, which clients ask for by name.",
+    )
+    max_http_result: int = _setting(
+        32 << 20,
+        "Largest result of a named query over HTTP, which waits in memory until it is complete.",
+        unit="size",
+    )
+    max_object_streams: int = _setting(
+        64, "Objects of plugins that one connection may have open (object-open)."
+    )
+    max_object_references: int = _setting(
+        1000,
+        "References to tables and other objects that one connection may hold; each keeps its "
+        "object in memory.",
+    )
+    # As much as a connection with 100 ms to the server needs for 80 MB/s.
+    stream_window: int = _setting(
+        8 << 20,
+        "Bytes that a client may send ahead on each input of a stream of a plugin.",
+        unit="size",
+    )
+    max_streams_per_connection: int = _setting(32, "Streams of plugins of one connection.")
+    resume_window: int = _setting(
+        0,
+        "Bytes that are kept of each chunked result whose client asks to resume it (resumable) "
+        "after a lost connection; 0 means that none can be resumed.",
+        unit="size",
+    )
+    resume_timeout: int = _setting(
+        60, "Seconds for which such a result waits for its client to come back."
+    )
+    resume_memory: int = _setting(
+        256 << 20,
+        "Bytes that are kept of all of them; over it less is kept than the window.",
+        unit="size",
+    )
+    # Each has a cursor open, with some 10 MB of its result.
+    max_waiting_streams: int = _setting(
+        64, "Results that wait for their clients at one time; over it the oldest is given up."
+    )
+    max_waiting_streams_per_user: int = _setting(
+        16, "Those of one user, or of one address for clients without a name."
     )
     memory_limit: str = _setting(
         "", "Memory that DuckDB may use, such as 4GB; without it, four fifths of the machine's."
@@ -312,8 +362,20 @@ class Settings:
             ("cache_size", 0, 1 << 50),
             ("sandbox_temp_size", 0, 1 << 50),
             ("process_memory", 0, 1 << 50),
+            ("max_http_result", 1 << 10, 1 << 30),
+            ("resume_window", 0, 1 << 40),
+            ("resume_timeout", 1, 7 * 24 * 3600),
+            ("resume_memory", 0, 1 << 50),
+            ("max_waiting_streams", 1, 1_000_000),
+            ("max_waiting_streams_per_user", 1, 1_000_000),
             ("plugin_timeout", 0, 7 * 24 * 3600),
             ("plugin_workers", 0, 1024),
+            ("plugin_backlog", 1, 1_000_000),
+            ("max_file_size", 1, 1 << 50),
+            ("max_object_streams", 1, 1_000_000),
+            ("max_object_references", 1, 10_000_000),
+            ("stream_window", 1 << 10, 1 << 30),
+            ("max_streams_per_connection", 1, 1_000_000),
             ("threads", 0, 1024),
             ("workers", 0, 1024),
             # uWebSockets ends the process for anything outside.
@@ -402,38 +464,6 @@ def fields() -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(Settings)
 
 
-def load(
-    flags: Mapping[str, Any], environment: Mapping[str, str], config: str | None = None
-) -> Settings:
-    """Merge the sources of settings.
-
-    ``flags`` holds only the values given on the command line. Raises ``StartupError`` naming
-    the source of a bad value.
-    """
-    values: dict[str, Any] = {}
-    if config:
-        values.update(_from_file(Path(config)))
-    for field in fields():
-        variable = environment_variable(field.name)
-        if variable in environment:
-            values[field.name] = parse(field, environment[variable], variable)
-    values.update(flags)
-    for name in _GUARDS:
-        if values.get(name) == "":
-            raise StartupError(
-                f"{flag(name)} or {environment_variable(name)} is empty, which would protect "
-                "nothing; leave it out if that is meant."
-            )
-    if values.get("auth_token_file"):
-        if values.get("auth_token"):
-            raise StartupError(
-                "Both a token and a token file are given; keep one of "
-                "--auth-token-file and SQLROOMS_AUTH_TOKEN."
-            )
-        values["auth_token"] = _token_from_file(values["auth_token_file"])
-    return Settings(**values)
-
-
 def parse(field: dataclasses.Field[Any], text: str, source: str) -> Any:
     """The value that ``text`` stands for. Raises ``StartupError`` naming ``source``."""
     default = field.default
@@ -453,53 +483,3 @@ def parse(field: dataclasses.Field[Any], text: str, source: str) -> Any:
     if isinstance(default, tuple):
         return tuple(part.strip() for part in text.split(",") if part.strip())
     return text
-
-
-def parse_toml(data: bytes, path: Path, what: str) -> dict[str, Any]:
-    """``data`` of the TOML file ``path``, which errors call ``what``. Raises ``StartupError``."""
-    try:
-        table: dict[str, Any] = tomllib.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise StartupError(f"The {what} {path} is not valid TOML: {error}.") from error
-    return table
-
-
-def _from_file(path: Path) -> dict[str, Any]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StartupError(f"Cannot read the settings file {path}: {error.strerror}.") from error
-    table = parse_toml(data, path, "settings file")
-    known = {field.name: field for field in fields()}
-    values = {}
-    for key, value in table.items():
-        name = key.replace("-", "_")
-        source = f"{key} in {path}"
-        if name not in known:
-            raise StartupError(f"{source} is not a setting; see sqlrooms-server --help.")
-        values[name] = _checked(known[name], value, source)
-    return values
-
-
-def _checked(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
-    if isinstance(field.default, tuple) and isinstance(value, list):
-        if all(isinstance(part, str) for part in value):
-            return tuple(value)
-        raise StartupError(f"{source} must be a list of strings.")
-    if isinstance(value, str):
-        return parse(field, value, source)
-    if type(value) is type(field.default):
-        return value
-    raise StartupError(f"{source} must be {type(field.default).__name__}, not {value!r}.")
-
-
-def _token_from_file(path: str) -> str:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise StartupError(f"Cannot read the token file {path}: {reason}.") from error
-    token = lines[0].strip() if lines else ""
-    if not token:
-        raise StartupError(f"The token file {path} has no token in its first line.")
-    return token

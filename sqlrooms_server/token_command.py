@@ -215,6 +215,7 @@ def _about(identity: Identity) -> str:
         f"user            {identity.user}{_until(identity.expires_at)}",
         f"role            {role.name}",
         f"sql             {_rules(role.sql)}",
+        f"queries         {'all, within that' if role.queries is None else role.queries}",
         f"read_channels   {role.read_channels}",
         f"write_channels  {role.write_channels}",
         f"read_rooms      {role.read_rooms}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import Any
 
@@ -15,9 +16,10 @@ from sqlrooms_server.transport import (
 )
 from tests.wire import DEADLINE, Wire
 
+MAX_BODY = 1 << 10
+
 LIMITS = TransportLimits(
     max_message_size=1 << 20,
-    max_body=1 << 10,
     max_queued=8 << 20,
     max_connections=100,
     idle_timeout=8,
@@ -59,7 +61,12 @@ class Recorder:
 
     def http(self, request: HttpRequest, exchange: Exchange) -> None:
         self.request = request
-        exchange.respond(200, request.path.encode())
+
+        def answer(body: bytes) -> None:
+            self.request = dataclasses.replace(request, body=body)
+            exchange.respond(200, request.path.encode())
+
+        exchange.collect(MAX_BODY, "--max-notify-size", answer)
 
 
 def open_connection(recorder: Any, wire: Wire) -> Connection:

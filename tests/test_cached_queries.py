@@ -536,9 +536,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate()
     compute = CachedQueries._compute
 
-    def gated(self: Any, cache: Any, flight: Any, query: Any, policy: Any) -> Any:
+    def gated(self: Any, cache: Any, flight: Any, query: Any, *more: Any) -> Any:
         gate.wait(query.sql)
-        yield from compute(self, cache, flight, query, policy)
+        yield from compute(self, cache, flight, query, *more)
 
     monkeypatch.setattr(CachedQueries, "_compute", gated)
     yield gate

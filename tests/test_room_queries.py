@@ -192,7 +192,7 @@ def test_what_is_too_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_room_that_cannot_be_read(server: LocalServer, wire: Wire, client: Client) -> None:
     client.write("a", 1)
-    store: Any = server.server.main.database.rooms
+    store: Any = server.server.main.room_store
     store.append("bad", [b"x"], Line(), lambda error: None)
     store.set_aside("bad", (), "because")
     assert store.flush(10)

@@ -383,7 +383,7 @@ def test_a_store_that_is_cut_off_while_it_compacts(tmp_path: Path) -> None:
 def test_what_fails_to_be_stored(launch: Callable[..., LocalServer]) -> None:
     """Nobody is told of an update that was not stored; the room goes on when that works again."""
     server = launch(sync=True)
-    store: Any = server.server.main.database.rooms
+    store: Any = server.server.main.room_store
     with server.connect() as a, server.connect() as b:
         one, two = Client(a), Client(b)
         one.join(), two.join()

@@ -476,6 +476,15 @@ def test_progress_leaves_the_settings_of_a_session(wire: Wire) -> None:
     assert session.value(setting) == before
 
 
+def test_settings_of_the_parser_stay_in_their_session(wire: Wire) -> None:
+    asked = {"type": "arrow", "sql": "select 5 / 2 as v"}
+    in_session = {**asked, "session": "s"}
+    wire.request(type="exec", sql="set integer_division = true", session="s", queryId="e")
+    for _ in range(2):
+        assert wire.request(**in_session, queryId=1).table()["v"][0].as_py() == 2
+        assert wire.request(**asked, queryId=2).table()["v"][0].as_py() == 2.5
+
+
 def test_a_typed_parameter_in_a_failed_transaction(wire: Wire) -> None:
     session = Session(wire)
     session.run("begin")

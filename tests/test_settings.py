@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 
+from sqlrooms_server import configuration
 from sqlrooms_server.errors import StartupError
-from sqlrooms_server.settings import Settings, fields, load
+from sqlrooms_server.settings import Settings, fields
+
+
+def load(*sources: Any) -> Settings:
+    return configuration.load(*sources).settings
 
 
 def test_defaults() -> None:

@@ -1,4 +1,4 @@
-"""What pages of other origins can do, in a real Chromium: nothing.
+"""What pages of other origins can do, in a real Chromium: nothing, unless they may connect.
 
 Names lead to this machine by a rule of the browser, as they would after DNS rebinding.
 """
@@ -100,17 +100,27 @@ def test_only_pages_that_may_connect(serve: Callable[..., ServerProcess], tmp_pa
                 heard.append(said["payload"])
     assert set(by_page[EVIL].values()) == {"failed", "opaque"}
     assert by_page[EVIL]["socket by own name"] == "failed"
-    # It may connect, under the names of this machine.
-    may = {"socket by address": "notifyAck", "socket by localhost": "notifyAck"}
+    # It may connect, under the names of this machine, and send and read over HTTP.
+    may = {
+        "socket by address": "notifyAck",
+        "socket by localhost": "notifyAck",
+        "JSON by address": "cors",
+        "read by address": by_page[ALLOWED]["read by address"],
+    }
+    assert '"sqlrooms-server"' in may["read by address"]
     assert by_page[ALLOWED] == {**by_page[EVIL], **may}
     localhost = by_page["localhost"]
-    assert localhost == {**by_page[EVIL], **may, "socket by own name": "notifyAck"}
+    assert '"connections"' in localhost["read by own name"]
+    may |= {"socket by own name": "notifyAck", "read by own name": localhost["read by own name"]}
+    assert localhost == {**by_page[EVIL], **may}
     assert sorted(heard) == [
         f"{ALLOWED} by 127.0.0.1",
         f"{ALLOWED} by localhost",
         "localhost by 127.0.0.1",
         "localhost by localhost",
         "localhost by localhost",
+        "over HTTP",
+        "over HTTP",
     ]
     server.stop()
     evil = f"http://{EVIL}:{site.port}"

@@ -265,6 +265,18 @@ WORKLOADS = (
         in_process=False,
     ),
     Workload(
+        "plugins",
+        (
+            Metric("none", "select 1, no plugin", "ms", False),
+            Metric("hooks", "  three hooks to none", "x", False, required=1.05, absolute=True),
+            Metric("authorize", "  authorize to none", "x", False),
+            Metric("quiet", "p99, nobody sleeps", "ms", False),
+            Metric("sleeps", "  beside handlers of 1 s", "ms", False),
+        ),
+        in_process=False,
+        published=False,
+    ),
+    Workload(
         "idle",
         (
             # The aim is none at all, met by what rounds to 0.0 %: a timer a second is a little.
@@ -348,6 +360,7 @@ FULL = Effort(
         "stalled": 3,
         "subscribed": 3,
         "rooms": 5,
+        "plugins": 5,
         "idle": 3,
         "start": 5,
         "memory": 3,
@@ -378,6 +391,7 @@ QUICK = Effort(
         "stalled": 1,
         "subscribed": 1,
         "rooms": 1,
+        "plugins": 1,
         "idle": 1,
         "start": 1,
         "memory": 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from . import changes, footprint, growth, hub, load, rooms, soak
+from . import changes, footprint, growth, hooks, hub, load, rooms, soak
 from .answers import LARGE, MIXED, ONE, gigabyte, numbered
 from .load import Sample
 from .plan import Effort
@@ -182,6 +182,27 @@ def _rooms(server: Server, effort: Effort, _: bool) -> Sample:
     }
 
 
+def _plugins(server: Server, effort: Effort, _: bool) -> Sample:
+    def plugin(name: str) -> tuple[str, str]:
+        return "--plugin", f"{hooks.PLUGINS}:{name}"
+
+    with (
+        running(server.environment, *plugin("hooks")) as hooked,
+        running(server.environment, *plugin("guard")) as guarded,
+        running(server.environment, *plugin("sleeper")) as sleeping,
+    ):
+        ports = (server.port, hooked.port, guarded.port)
+        alone, chain, guard = hooks.in_turn(ports, effort.window)
+        quiet, beside = hooks.beside_sleepers(sleeping.port, effort.window)
+    return {
+        "none": median(alone) * 1e3,
+        "hooks": hooks.ratio(chain, alone),
+        "authorize": hooks.ratio(guard, alone),
+        "quiet": hooks.percentile(quiet, 99) * 1e3,
+        "sleeps": hooks.percentile(beside, 99) * 1e3,
+    }
+
+
 def _idle(server: Server, effort: Effort, _: bool) -> Sample:
     with server.connect() as connection:
         load.one_at_a_time(connection, ONE, effort.warm_up, server.answers(ONE))
@@ -211,6 +232,7 @@ RUNS: dict[str, Run] = {
     "stalled": _stalled,
     "subscribed": _subscribed,
     "rooms": _rooms,
+    "plugins": _plugins,
     "idle": _idle,
     "start": footprint.start,
     "memory": footprint.memory,

@@ -17,12 +17,13 @@ from sqlrooms_server.access.token_file import TokenEntry, TokenFile, read_token_
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.transport.http import HttpRequest
 
-__all__ = ["Access", "Identity"]
+__all__ = ["PLUGIN", "Access", "Identity"]
 
 # What identities come from, besides signed tokens.
 _SHARED = "shared token"
 _LISTED = "token file"
 _PROXY = "proxy"
+PLUGIN = "plugin"
 
 EVERYBODY = Identity("", ADMIN)
 
@@ -73,10 +74,11 @@ class Access:
         """``identity`` by the rules that hold now; None when they no longer know it.
 
         What was signed stays right until it expires. One that was made by other rules, or another
-        key, may do nothing: only its token, or its proxy, can tell whether it is still right.
+        key, may do nothing: only its token, or its proxy, can tell whether it is still right. Those
+        of plugins do not come from the file.
         """
         file = self._file
-        if identity.source == _SHARED or file is None:
+        if identity.source in (_SHARED, PLUGIN) or file is None:
             return identity
         if identity.source == _LISTED:
             entries = (one for one in file.tokens if one.digest == identity.digest)

@@ -21,7 +21,7 @@ def is_user_name(name: object) -> TypeGuard[str]:
 
 
 class Names:
-    """A set of names of channels or rooms, given by patterns.
+    """A set of names of channels or rooms, or of paths of files, given by patterns.
 
     In a pattern ``*`` stands for any text and ``{user}`` for the name of the identity.
     """
@@ -52,6 +52,13 @@ class Names:
         names_user = any(_USER in pattern for pattern in self._patterns)
         return Names(self._patterns, user) if names_user else self
 
+    def of_paths(self, user: str) -> Names:
+        """The same for names that are paths: a user called ``ada/secret`` has no directory in that
+        of Ada."""
+        if "/" in user:
+            return Names(pattern for pattern in self._patterns if _USER not in pattern)
+        return self.of(user)
+
     @property
     def _key(self) -> tuple[tuple[str, ...], str]:
         return self._patterns, self._user
@@ -64,6 +71,7 @@ def _expression(pattern: str, user: str) -> str:
 
 # What a role has of names.
 _OF_NAMES = ("read_channels", "write_channels", "read_rooms", "write_rooms")
+_OF_FILES = ("read_files", "write_files")
 
 ALL_NAMES = Names(["*"])
 NO_NAMES = Names([])
@@ -73,15 +81,20 @@ NO_NAMES = Names([])
 class Role:
     """What everybody of a role may do. Of the numbers, 0 means that the role sets no limit.
 
+    ``queries`` are the named queries that it may run, whatever ``sql`` says; None for all of them,
+    within that.
     ``query_timeout`` is seconds, ``request_rate`` requests in a second and connection.
     """
 
     name: str
     sql: Policy = UNRESTRICTED
+    queries: Names | None = None
     read_channels: Names = ALL_NAMES
     write_channels: Names = ALL_NAMES
     read_rooms: Names = ALL_NAMES
     write_rooms: Names = ALL_NAMES
+    read_files: Names = ALL_NAMES
+    write_files: Names = ALL_NAMES
     max_result_rows: int = 0
     query_timeout: int = 0
     request_rate: int = 0
@@ -94,6 +107,9 @@ class Role:
     def of(self, user: str) -> Role:
         """The role as ``user`` has it."""
         names = {name: getattr(self, name).of(user) for name in _OF_NAMES}
+        names |= {name: getattr(self, name).of_paths(user) for name in _OF_FILES}
+        if self.queries is not None:
+            names["queries"] = self.queries.of(user)
         if all(getattr(self, name) is value for name, value in names.items()):
             return self
         return replace(self, **names)
@@ -105,10 +121,13 @@ ADMIN = Role(name="admin")
 NOBODY = Role(
     name="",
     sql=Policy(read_only=True, files=False, extensions=False, kinds=frozenset()),
+    queries=NO_NAMES,
     read_channels=NO_NAMES,
     write_channels=NO_NAMES,
     read_rooms=NO_NAMES,
     write_rooms=NO_NAMES,
+    read_files=NO_NAMES,
+    write_files=NO_NAMES,
 )
 
 

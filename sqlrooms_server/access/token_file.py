@@ -17,9 +17,9 @@ from typing import Any
 from sqlrooms_server.access.key_files import read_key_file
 from sqlrooms_server.access.roles import ADMIN, Identity, Names, Role, is_user_name
 from sqlrooms_server.access.signed import SignedTokens, open_signed_tokens
+from sqlrooms_server.configuration import parse_toml
 from sqlrooms_server.db.policy import KINDS, Policy
 from sqlrooms_server.errors import StartupError
-from sqlrooms_server.settings import parse_toml
 
 HASH_PREFIX = "sha256:"
 _HASH = re.compile(rf"{HASH_PREFIX}[0-9a-f]{{64}}")
@@ -177,7 +177,11 @@ class _Table:
 
 
 def _role(name: str, entry: _Table) -> Role:
-    schemas, kinds = entry.texts("schemas"), entry.texts("statements")
+    schemas, kinds, queries = (entry.texts(key) for key in ("schemas", "statements", "queries"))
+    if queries is not None and kinds is None:
+        # Named queries show a part of the tables. SQL of its own would show all of them, and watch
+        # which of them change.
+        kinds, schemas = [], schemas or []
     if kinds is not None:
         kinds = [kind.upper().replace(" ", "_") for kind in kinds]
         for kind in kinds:
@@ -194,10 +198,13 @@ def _role(name: str, entry: _Table) -> Role:
             kinds=None if kinds is None else frozenset(kinds),
             source=f"role {name!r}",
         ),
+        queries=None if queries is None else Names(queries),
         read_channels=Names(entry.texts("read_channels") or ()),
         write_channels=Names(entry.texts("write_channels") or ()),
         read_rooms=Names(entry.texts("read_rooms") or ()),
         write_rooms=Names(entry.texts("write_rooms") or ()),
+        read_files=Names(entry.texts("read_files") or ()),
+        write_files=Names(entry.texts("write_files") or ()),
         max_result_rows=entry.number("max_result_rows"),
         query_timeout=entry.number("query_timeout"),
         request_rate=entry.number("request_rate"),

@@ -5,9 +5,19 @@ with connect("ws://localhost:4000") as db:
 """
 
 from sqlrooms_server.client.aio import AsyncClient, connect_async
-from sqlrooms_server.client.aio_feeds import AsyncLive, AsyncSubscription, AsyncWatch
+from sqlrooms_server.client.aio_feeds import (
+    AsyncLive,
+    AsyncObjectWatch,
+    AsyncSubscription,
+    AsyncWatch,
+)
+from sqlrooms_server.client.aio_objects import AsyncOpenObject
 from sqlrooms_server.client.aio_results import AsyncResult, AsyncSession
 from sqlrooms_server.client.errors import ConnectionLost, QueryTimeout, RequestFailed, SessionEnded
+from sqlrooms_server.client.objects import Fetched, ObjectMessage, Reference
+from sqlrooms_server.client.plugin_replies import (
+    ObjectInfo,
+)
 from sqlrooms_server.client.replies import (
     CacheStats,
     Change,
@@ -23,12 +33,15 @@ from sqlrooms_server.client.replies import (
 )
 from sqlrooms_server.client.results import RowList
 from sqlrooms_server.client.sync import Client, connect
-from sqlrooms_server.client.sync_feeds import Live, Subscription, Watch
+from sqlrooms_server.client.sync_feeds import Live, ObjectWatch, Subscription, Watch
+from sqlrooms_server.client.sync_objects import OpenObject
 from sqlrooms_server.client.sync_results import Result, Session
 
 __all__ = [
     "AsyncClient",
     "AsyncLive",
+    "AsyncObjectWatch",
+    "AsyncOpenObject",
     "AsyncResult",
     "AsyncSession",
     "AsyncSubscription",
@@ -37,6 +50,7 @@ __all__ = [
     "Change",
     "Client",
     "ConnectionLost",
+    "Fetched",
     "Heard",
     "Joined",
     "Left",
@@ -45,8 +59,13 @@ __all__ = [
     "MemberList",
     "Message",
     "Missed",
+    "ObjectInfo",
+    "ObjectMessage",
+    "ObjectWatch",
+    "OpenObject",
     "Progress",
     "QueryTimeout",
+    "Reference",
     "RequestFailed",
     "Result",
     "RowList",

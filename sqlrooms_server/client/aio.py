@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from ssl import SSLContext
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from sqlrooms_server.client import flows, needs
-from sqlrooms_server.client.aio_feeds import AsyncLive, AsyncSubscription, AsyncWatch
+from sqlrooms_server.client.aio_feeds import (
+    AsyncLive,
+    AsyncObjectWatch,
+    AsyncSubscription,
+    AsyncWatch,
+)
+from sqlrooms_server.client.aio_objects import AsyncOpenObject
 from sqlrooms_server.client.aio_results import AsyncResult, AsyncSession
 from sqlrooms_server.client.aio_wire import Wire, receive
 from sqlrooms_server.client.errors import ConnectionLost
 from sqlrooms_server.client.link import Link
-from sqlrooms_server.client.replies import CacheStats, MemberList
+from sqlrooms_server.client.objects import Fetched, Wanted
+from sqlrooms_server.client.plugin_replies import (
+    ObjectList,
+)
+from sqlrooms_server.client.replies import (
+    CacheStats,
+    MemberList,
+)
 from sqlrooms_server.client.results import RowList
 from sqlrooms_server.client.streams import as_reader
 from sqlrooms_server.client.sync import ProgressOption
@@ -100,6 +113,7 @@ class AsyncClient:
         progress: ProgressOption = None,
         query_id: str | None = None,
         persist: bool = False,
+        resume: bool = False,
     ) -> AsyncResult:
         """Run ``sql`` and return its last result as soon as its columns are known."""
         request = self._requests.request(
@@ -108,6 +122,7 @@ class AsyncClient:
             params,
             query_id=query_id,
             persist=persist,
+            resume=resume,
             timeout=timeout,
             progress=progress,
             max_rows=max_rows,
@@ -223,6 +238,49 @@ class AsyncClient:
         A reader is read in the thread of the event loop.
         """
         return await self._run(self._requests.upload(table_name, as_reader(data), mode))
+
+    async def call(
+        self,
+        kind: str,
+        fields: Mapping[str, Any] | None = None,
+        /,
+        *,
+        body: bytes | None = None,
+        timeout: float | None = None,
+        compression: str | None = None,
+        on_event: Callable[[Any], None] | None = None,
+        **more: Any,
+    ) -> Any:
+        """Send a message of the type ``kind`` to the plugin that has it, and return its answer."""
+        return await self._run(
+            self._requests.call(
+                kind,
+                {**(fields or {}), **more},
+                body=body,
+                timeout=timeout,
+                compression=compression,
+                on_event=on_event,
+            )
+        )
+
+    async def objects(self) -> ObjectList:
+        """The objects that are published for this client: a list of ``ObjectInfo``."""
+        return await self._run(self._requests.objects())
+
+    def watch_objects(self) -> AsyncObjectWatch:
+        """What is published, and again: ``async with db.watch_objects()``, or ``await`` it."""
+        return AsyncObjectWatch(self, self._requests.watch_objects())
+
+    async def fetch(
+        self, which: Wanted, *, timeout: float | None = None, compression: str | None = None
+    ) -> AsyncResult | Fetched:
+        """An object: its name, an ``ObjectInfo`` or a ``Reference``."""
+        fetched = await self._run(self._requests.fetch(which, timeout, compression))
+        return fetched if isinstance(fetched, Fetched) else AsyncResult(self, fetched)
+
+    def open(self, which: Wanted) -> AsyncOpenObject:
+        """Open an object: ``async with db.open(name) as stream``, or ``await`` it."""
+        return AsyncOpenObject(self, self._requests.open(which))
 
     async def cache_stats(self) -> CacheStats:
         """What the result cache of the server did, and what it holds."""

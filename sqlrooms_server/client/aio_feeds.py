@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sqlrooms_server.client import feeds
 from sqlrooms_server.client.aio_results import AsyncResult
+from sqlrooms_server.client.plugin_replies import (
+    ObjectList,
+)
 from sqlrooms_server.client.queries import Snapshot
-from sqlrooms_server.client.replies import Change, Heard
+from sqlrooms_server.client.replies import (
+    Change,
+    Heard,
+)
 from sqlrooms_server.client.results import SubscriptionState, WatchState
 
 if TYPE_CHECKING:
@@ -86,6 +92,13 @@ class AsyncLive(AsyncFeed[Snapshot, AsyncResult]):
 
     def _item(self, told: Snapshot) -> AsyncResult:
         return AsyncResult(self._client, told)
+
+
+class AsyncObjectWatch(AsyncFeed[ObjectList, ObjectList]):
+    """``ObjectWatch`` for asyncio."""
+
+    def _item(self, told: ObjectList) -> ObjectList:
+        return told
 
 
 class AsyncSubscription(SubscriptionState, AsyncFeed[Heard, Heard]):

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import queue
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from sqlrooms_server.client.messages import Key
-from sqlrooms_server.client.replies import Change, Chunk, Reply
+from sqlrooms_server.client.plugin_replies import (
+    ObjectAck,
+    ObjectChanges,
+    ObjectData,
+    ObjectList,
+    Opened,
+)
+from sqlrooms_server.client.replies import (
+    Change,
+    Chunk,
+    Reply,
+)
 
 
 class Inbox(Protocol):
@@ -59,6 +70,25 @@ class FeedExchange(Exchange):
             self.inbox.put_nowait(item)
 
 
+@dataclass(slots=True, eq=False)
+class ObjectExchange(Exchange):
+    """An object that is open. ``acks`` is for who sends to it, the inbox for who reads."""
+
+    acks: Exchange = field(kw_only=True)
+
+    def deliver(self, reply: Reply) -> None:
+        if isinstance(reply, ObjectAck):
+            self.acks.deliver(reply)
+        elif isinstance(reply, ObjectData | Opened):
+            Exchange.deliver(self, reply)
+        else:
+            self.finish(reply)
+
+    def finish(self, reply: Reply) -> None:
+        Exchange.finish(self, reply)
+        self.acks.finish(reply)
+
+
 def merged(unread: Reply, reply: Reply) -> Reply | None:
     """One reply that tells what two of a feed do; None when only both can."""
     match unread, reply:
@@ -68,4 +98,8 @@ def merged(unread: Reply, reply: Reply) -> Reply | None:
             op = reply.op if reply.op == unread.op else "change"
             tables = {**unread.tables, **reply.tables}
             return Change(tables, op, reply.version, unread.resync or reply.resync)
+        case ObjectList(), ObjectChanges():
+            return reply.after(unread)
+        case ObjectChanges(), ObjectChanges():
+            return reply.following(unread)
     return None

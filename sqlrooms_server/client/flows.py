@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from sqlrooms_server.client.bar import reporter
+from sqlrooms_server.client.calls import CallRequest, CallStream, checked_fields, value_of
 from sqlrooms_server.client.channel_feeds import Subscription
 from sqlrooms_server.client.errors import ConnectionLost
 from sqlrooms_server.client.link import Link, cancelling
@@ -23,6 +24,19 @@ from sqlrooms_server.client.messages import (
     framed,
 )
 from sqlrooms_server.client.needs import ClientState, Flow, Retries, answer, connected
+from sqlrooms_server.client.object_feeds import ObjectWatch
+from sqlrooms_server.client.objects import (
+    Fetched,
+    OpenObject,
+    Reference,
+    Wanted,
+    references_of,
+    wanted,
+)
+from sqlrooms_server.client.plugin_replies import (
+    ObjectBytes,
+    ObjectList,
+)
 from sqlrooms_server.client.queries import Attempts, Request, Session, Stream
 from sqlrooms_server.client.replies import (
     CacheStats,
@@ -48,6 +62,7 @@ class Requests:
         self.client = ClientState()
         self._ids = itertools.count(1)
         self._watch: Watch | None = None
+        self._object_watch: ObjectWatch | None = None
 
     def request(
         self,
@@ -62,6 +77,7 @@ class Requests:
         compression: str | None = None,
         session: Session | None = None,
         persist: bool = False,
+        resume: bool = False,
     ) -> Request:
         """A query, checked. Raises ``TypeError`` for a parameter that has no SQL type."""
         return Request(
@@ -74,6 +90,7 @@ class Requests:
             compression=compression,
             session=session,
             persist=persist,
+            resume=resume,
             reporter=reporter(progress),
         )
 
@@ -125,6 +142,77 @@ class Requests:
         reply = yield from self._answer(link, (MEMBERS, query_id), message)
         assert isinstance(reply, MemberList)
         return reply
+
+    def call(
+        self,
+        kind: str,
+        fields: Mapping[str, Any],
+        *,
+        body: bytes | None,
+        timeout: float | None,
+        compression: str | None,
+        on_event: Callable[[Any], None] | None,
+    ) -> Flow[Any]:
+        """What a plugin answers to a message, as a whole. It is sent at most once."""
+        request = CallRequest(
+            *(kind, "", next(self._ids)),
+            timeout=timeout,
+            compression=compression,
+            fields=checked_fields(fields),
+            body=body,
+        )
+        stream = CallStream(Attempts(self.client, request), on_event)
+        yield from stream.begin()
+        try:
+            return (yield from value_of(stream))
+        finally:
+            stream.abandon()
+
+    def objects(self) -> Flow[ObjectList]:
+        """What is published for this client."""
+        retries = Retries(self.client, None)
+        while True:
+            try:
+                link = yield from connected()
+                query_id = next(self._ids)
+                message = encode(type="object-list", queryId=query_id)
+                reply = yield from self._answer(link, ("query", query_id), message)
+                assert isinstance(reply, ObjectList)
+                return reply
+            except ConnectionLost as error:
+                yield from retries.pause(error)
+
+    def watch_objects(self) -> ObjectWatch:
+        """A watch that has not begun. Raises ``RuntimeError`` while another one is open."""
+        if self._object_watch is not None and not self._object_watch.is_closed:
+            raise RuntimeError("This client watches objects already; close that watch first.")
+        self._object_watch = ObjectWatch(self.client, self._new_id)
+        return self._object_watch
+
+    def fetch(
+        self, which: Wanted, timeout: float | None, compression: str | None
+    ) -> Flow[Fetched | CallStream]:
+        """An object that is published, or referred to: as bytes, or a table that begins."""
+        request = CallRequest(
+            *("object-fetch", "", next(self._ids)),
+            timeout=timeout,
+            compression=compression,
+            fields=wanted(which),
+            # A reference ends with its connection.
+            repeats=not isinstance(which, Reference),
+            holds=which,
+        )
+        attempts = Attempts(self.client, request)
+        stream = CallStream(attempts)
+        yield from stream.begin()
+        if isinstance(stream.answer, ObjectBytes):
+            references = references_of(attempts.link, stream.answer)
+            return Fetched(stream.answer.payload, references)
+        return stream
+
+    def open(self, which: Wanted) -> OpenObject:
+        """An object that is not open yet."""
+        return OpenObject(self._new_id, which)
 
     def _answer(self, link: Link, key: Key, message: str) -> Flow[Reply]:
         exchange = link.open(key)

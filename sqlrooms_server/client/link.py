@@ -5,19 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sqlrooms_server.client.channels import Channels, Hearing
-from sqlrooms_server.client.exchanges import Exchange, FeedExchange, Inbox
+from sqlrooms_server.client.exchanges import Exchange, FeedExchange, Inbox, ObjectExchange
 from sqlrooms_server.client.messages import (
     CACHE_STATS,
     CHANGES,
     MEMBERS,
     NO_ID,
     NOTIFY,
+    OBJECTS,
     SUBSCRIBE,
     WATCH,
     Id,
     Key,
     decode,
     encode,
+)
+from sqlrooms_server.client.plugin_replies import (
+    Event,
+    ObjectAck,
+    ObjectData,
+    ObjectList,
+    Opened,
 )
 from sqlrooms_server.client.replies import (
     CancelAck,
@@ -31,6 +39,7 @@ from sqlrooms_server.client.replies import (
     Message,
     Progress,
     Reply,
+    Resumable,
     Watching,
 )
 
@@ -39,6 +48,9 @@ from sqlrooms_server.client.replies import (
 _MAYBE_WITHOUT_ID = (CACHE_STATS, WATCH)
 # An error says which id it is about, and not which kind.
 _KINDS = (*_MAYBE_WITHOUT_ID, SUBSCRIBE, NOTIFY, MEMBERS)
+
+# What is not the last reply to a request.
+_NOT_FINAL = (Progress, Resumable, Consumed, Event, Opened, ObjectData, ObjectAck)
 
 
 class Link:
@@ -78,6 +90,13 @@ class Link:
         self._enter(hearing)
         return hearing
 
+    def open_object(self, query_id: Id) -> ObjectExchange:
+        """Begin to wait for messages of an object."""
+        key = ("query", query_id)
+        exchange = ObjectExchange(key, self._new_inbox(), acks=Exchange(key, self._new_inbox()))
+        self._enter(exchange)
+        return exchange
+
     def _enter(self, exchange: Exchange) -> Exchange:
         key = exchange.key
         if key in self._exchanges:
@@ -95,6 +114,10 @@ class Link:
             self.send(encode(type="unwatch"))
         if isinstance(exchange, Hearing):
             self.channels.discard(exchange, is_open=self.lost is None)
+        if self._exchanges.get(OBJECTS) is exchange:
+            self._exchanges.pop(OBJECTS, None)
+            if self.lost is None:
+                self.send(encode(type="object-list", watch=False))
         if self._exchanges.get(CHANGES) is exchange:
             self._exchanges.pop(CHANGES, None)
         if self._exchanges.get(exchange.key) is not exchange:
@@ -119,7 +142,7 @@ class Link:
             return
         key = self._addressee(key, reply)
         exchange = self._exchanges.get(key)
-        is_final = not isinstance(reply, Progress | Consumed)
+        is_final = not isinstance(reply, _NOT_FINAL)
         if isinstance(reply, Chunk):
             is_final = reply.is_last
         if exchange is not None and exchange.is_feed:
@@ -128,6 +151,8 @@ class Link:
             self._exchanges.pop(key, None)
         if isinstance(reply, Watching) and exchange is not None:
             self._exchanges[CHANGES] = exchange
+        if isinstance(reply, ObjectList) and exchange is not None and exchange.is_feed:
+            self._exchanges[OBJECTS] = exchange
         if isinstance(reply, CancelAck) and not reply.cancelled:
             # The last reply was there before the cancel.
             self._free(("query", key[1]))

@@ -7,6 +7,19 @@ from typing import Any
 
 import ujson
 
+from sqlrooms_server.client.plugin_replies import (
+    Answered,
+    Event,
+    ObjectAck,
+    ObjectBytes,
+    ObjectChanges,
+    ObjectClosed,
+    ObjectData,
+    ObjectInfo,
+    ObjectList,
+    Opened,
+    Referred,
+)
 from sqlrooms_server.client.replies import (
     CacheStats,
     CancelAck,
@@ -23,6 +36,7 @@ from sqlrooms_server.client.replies import (
     NotifyAck,
     Progress,
     Reply,
+    Resumable,
     Rows,
     SessionClosed,
     Subscribed,
@@ -41,6 +55,8 @@ CACHE_STATS, WATCH = "cacheStats", "watch"
 CHANGES: Key = ("changes", "")
 # Kinds of requests about channels, and what belongs to those who hear one.
 SUBSCRIBE, NOTIFY, MEMBERS, CHANNEL = "subscribe", "notify", "presence", "channel"
+# What belongs to who watches which objects are published.
+OBJECTS: Key = ("objects", "")
 NO_ID = ""
 
 # How results of the server begin.
@@ -186,6 +202,35 @@ def _error(fields: dict[str, Any], _: memoryview) -> tuple[Key | None, Reply]:
     return key, Failed(fields["error"], fields["code"])
 
 
+def _object_bytes(kind: type[ObjectBytes]) -> Callable[..., tuple[Key, Reply]]:
+    def decode(fields: dict[str, Any], body: memoryview) -> tuple[Key, Reply]:
+        references = tuple(
+            Referred(one["ticket"], one["objectType"], one["canFetch"], one["canOpen"])
+            for one in fields["references"]
+        )
+        # Windows count whole messages.
+        return _query(fields), kind(bytes(body), references, memoryview(body.obj).nbytes)
+
+    return decode
+
+
+def _object_list(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
+    return _query(fields), ObjectList(map(_object, fields["objects"]))
+
+
+def _object_changes(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
+    published = map(_object, (*fields["added"], *fields["replaced"]))
+    return OBJECTS, ObjectChanges(tuple(published), frozenset(fields["removed"]))
+
+
+def _object(fields: dict[str, Any]) -> ObjectInfo:
+    return ObjectInfo(fields["name"], fields["objectType"], fields["canFetch"], fields["canOpen"])
+
+
+def _answered(fields: dict[str, Any], body: memoryview) -> tuple[Key, Reply]:
+    return _query(fields), Answered(fields["data"] if "data" in fields else bytes(body))
+
+
 _DECODERS: dict[str, Callable[[dict[str, Any], memoryview], tuple[Key | None, Reply]]] = {
     "arrow": _arrow,
     "json": lambda fields, _: (_query(fields), Rows(fields["data"], fields.get("cached", False))),
@@ -193,6 +238,7 @@ _DECODERS: dict[str, Callable[[dict[str, Any], memoryview], tuple[Key | None, Re
     "uploadAck": lambda fields, _: (_query(fields), Done(fields.get("rows", 0))),
     "uploadProgress": lambda fields, _: (_query(fields), Consumed(fields["bytes"])),
     "progress": _progress,
+    "resumable": lambda fields, _: (_query(fields), Resumable(fields["token"])),
     "cacheStats": _cache_stats,
     "watching": _watching,
     "changed": _changed,
@@ -218,5 +264,14 @@ _DECODERS: dict[str, Callable[[dict[str, Any], memoryview], tuple[Key | None, Re
         HELLO,
         Welcome(fields["limits"]["uploadWindow"], fields.get("connectionId")),
     ),
+    "reply": _answered,
+    "event": lambda fields, _: (_query(fields), Event(fields["data"])),
+    "object": _object_bytes(ObjectBytes),
+    "object-data": _object_bytes(ObjectData),
+    "object-list": _object_list,
+    "object-changes": _object_changes,
+    "object-opened": lambda fields, _: (_query(fields), Opened(fields["window"])),
+    "object-ack": lambda fields, _: (_query(fields), ObjectAck(fields["bytes"])),
+    "object-closed": lambda fields, _: (_query(fields), ObjectClosed()),
     "error": _error,
 }

@@ -16,7 +16,8 @@ from sqlrooms_server.client.link import Link
 from sqlrooms_server.client.messages import Id, encode
 from sqlrooms_server.client.needs import ClientState, Flow, Retries, answer, connected
 from sqlrooms_server.client.reads import is_read
-from sqlrooms_server.client.replies import Chunk, Reply, Summary
+from sqlrooms_server.client.replies import Chunk, Reply, Resumable, Summary
+from sqlrooms_server.client.resuming import Resumption
 from sqlrooms_server.client.streams import BatchDecoder
 
 # What of a result may be under way to a consumer that is slow: enough for a connection of
@@ -61,13 +62,14 @@ class Request:
     compression: str | None = None
     session: Session | None = None
     persist: bool = False
+    resume: bool = False
     reporter: Reporter = field(default_factory=Reporter)
 
     @property
     def can_repeat(self) -> bool:
         return self.session is None and is_read(self.sql)
 
-    def message(self, remaining: float | None) -> str:
+    def message(self, remaining: float | None) -> str | bytes:
         """The message; ``remaining`` is in seconds."""
         streams = self.kind == "arrow" or None
         return encode(
@@ -83,6 +85,7 @@ class Request:
             persist=self.persist or None,
             stream=streams,
             window=streams and WINDOW,
+            resumable=(streams and self.resume) or None,
         )
 
 
@@ -91,6 +94,8 @@ class Attempts:
 
     def __init__(self, client: ClientState, request: Request) -> None:
         self.request = request
+        self.link: Link
+        self._client = client
         timeout = request.timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._retries = Retries(client, self._deadline, request.can_repeat)
@@ -103,6 +108,20 @@ class Attempts:
                 return (yield from self._attempt())
             except ConnectionLost as error:
                 yield from self.pause(error)
+
+    def retries(self) -> Retries:
+        """For a query that goes on where it was."""
+        return Retries(self._client, self._deadline)
+
+    def resume(self, token: str, seq: int, consumed: int) -> Flow[Exchange]:
+        """Ask for the rest of the result, over a connection that is open."""
+        query_id = self.request.query_id
+        self.link = yield from connected(self._deadline)
+        exchange = self.link.open(("query", query_id))
+        self.link.send(
+            encode(type="resume", queryId=query_id, token=token, seq=seq, bytes=consumed)
+        )
+        return exchange
 
     def pause(self, error: ConnectionLost) -> Flow[None]:
         """Wait before another attempt, or raise ``error``."""
@@ -126,7 +145,7 @@ class Attempts:
         request = self.request
         session = request.session
         if session is None:
-            self.link: Link = yield from connected(self._deadline)
+            self.link = yield from connected(self._deadline)
         else:
             self.link = yield from session.connected()
             # Queries of a session run one after the other: the next one waits for the last byte
@@ -160,6 +179,7 @@ class Stream:
         self._attempts = attempts
         self._exchange: Exchange | None = None
         self._decoder = BatchDecoder()
+        self._resumption = Resumption(attempts.retries, attempts.resume)
         self._seq = self._consumed = self._acknowledged = 0
         self._is_complete = False
         self._closed_by: Exception | None = None
@@ -218,6 +238,7 @@ class Stream:
     def _begin(self) -> Flow[None]:
         while True:
             self._decoder = BatchDecoder()
+            self._resumption = Resumption(self._attempts.retries, self._attempts.resume)
             self._seq = self._consumed = self._acknowledged = 0
             self._exchange, reply = yield from self._attempts.first_reply()
             try:
@@ -276,10 +297,21 @@ class Stream:
             self._acknowledged = self._consumed
             query_id = self.request.query_id
             self._attempts.link.send(encode(type="ack", queryId=query_id, bytes=self._consumed))
-        self._take((yield from self._attempts.answer(self._exchange)))
+        try:
+            reply = yield from self._attempts.answer(self._exchange)
+        except (ConnectionLost, RequestFailed) as error:
+            went_on = self._resumption.go_on(error, self._seq, self._consumed)
+            self._exchange = yield from went_on
+            self._acknowledged = self._consumed
+            return
+        self._take(reply)
 
     def _take(self, reply: Reply) -> None:
+        if isinstance(reply, Resumable):
+            self._resumption.offer(reply.token)
+            return
         if isinstance(reply, Chunk):
+            self._resumption.went_on()
             if reply.seq != self._seq:
                 raise ConnectionLost(f"The server sent chunk {reply.seq} for {self._seq}.")
             self._seq += 1
@@ -288,6 +320,12 @@ class Stream:
             self.summary = reply.summary
             self.truncated, self.cached = reply.truncated, reply.cached
             self._is_complete = reply.is_last
+            if reply.is_last and self._resumption.is_offered:
+                # So that the server does not keep it any longer.
+                query_id, size = self.request.query_id, self._consumed
+                self._attempts.link.send(
+                    encode(type="ack", queryId=query_id, bytes=size, last=True)
+                )
         else:
             self._is_complete = True
         if self._is_complete:

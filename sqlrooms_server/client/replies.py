@@ -5,6 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sqlrooms_server.client.plugin_replies import (
+    Answered,
+    Event,
+    ObjectAck,
+    ObjectBytes,
+    ObjectChanges,
+    ObjectClosed,
+    ObjectList,
+    Opened,
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -48,6 +59,13 @@ class Chunk:
     summary: Summary | None
     truncated: bool = False
     cached: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Resumable:
+    """The chunks that follow can go on over another connection, for whoever has ``token``."""
+
+    token: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +244,7 @@ class Lost:
 
 Reply = (
     Chunk
+    | Resumable
     | Rows
     | Done
     | Progress
@@ -239,6 +258,14 @@ Reply = (
     | Subscribed
     | NotifyAck
     | MemberList
+    | Event
+    | Answered
+    | ObjectList
+    | ObjectChanges
+    | ObjectBytes
+    | Opened
+    | ObjectAck
+    | ObjectClosed
     | Welcome
     | Failed
     | Lost

@@ -13,10 +13,19 @@ from typing import Any, TypeVar, cast
 from sqlrooms_server.client import flows, needs
 from sqlrooms_server.client.errors import ConnectionLost
 from sqlrooms_server.client.link import Link
-from sqlrooms_server.client.replies import CacheStats, MemberList, Progress
+from sqlrooms_server.client.objects import Fetched, Wanted
+from sqlrooms_server.client.plugin_replies import (
+    ObjectList,
+)
+from sqlrooms_server.client.replies import (
+    CacheStats,
+    MemberList,
+    Progress,
+)
 from sqlrooms_server.client.results import RowList
 from sqlrooms_server.client.streams import as_reader
-from sqlrooms_server.client.sync_feeds import Live, Subscription, Watch
+from sqlrooms_server.client.sync_feeds import Live, ObjectWatch, Subscription, Watch
+from sqlrooms_server.client.sync_objects import OpenObject
 from sqlrooms_server.client.sync_results import Result, Session
 from sqlrooms_server.client.sync_wire import Wire, receive
 from sqlrooms_server.client.values import Parameters
@@ -91,6 +100,7 @@ class Client:
         progress: ProgressOption = None,
         query_id: str | None = None,
         persist: bool = False,
+        resume: bool = False,
     ) -> Result:
         """Run ``sql`` and return its last result as soon as its columns are known.
 
@@ -101,6 +111,9 @@ class Client:
         is called with ``Progress`` about five times a second; True shows a bar in a terminal or
         notebook. ``query_id`` is a name under which another thread can ``cancel``. With ``persist``
         the server may take the result from its cache, and leaves it there; ``cached`` says so.
+        With ``resume`` it goes on where it was after a lost connection, also when batches were
+        read, if the server keeps results for that (``--resume-window``). Close such a result
+        before the client, or the server waits for the rest to be asked for.
         """
         request = self._requests.request(
             "arrow",
@@ -108,6 +121,7 @@ class Client:
             params,
             query_id=query_id,
             persist=persist,
+            resume=resume,
             timeout=timeout,
             progress=progress,
             max_rows=max_rows,
@@ -250,6 +264,63 @@ class Client:
         exists, or ``"append"``, which matches columns by name. Raises ``TypeError`` for other data.
         """
         return self._run(self._requests.upload(table_name, as_reader(data), mode))
+
+    def call(
+        self,
+        kind: str,
+        fields: Mapping[str, Any] | None = None,
+        /,
+        *,
+        body: bytes | None = None,
+        timeout: float | None = None,
+        compression: str | None = None,
+        on_event: Callable[[Any], None] | None = None,
+        **more: Any,
+    ) -> Any:
+        """Send a message of the type ``kind`` to the plugin that has it, and return its answer: a
+        JSON value, bytes, a ``pyarrow.Table``, or None when there is nothing to tell.
+
+        ``fields`` and ``more`` are the fields of the message; with a ``body`` it is binary.
+        ``on_event`` is called with what the plugin says before. ``timeout`` and ``compression`` are
+        as for ``query``. Raises ``TypeError`` for what is no JSON value, ``ValueError`` for a name
+        that the protocol has itself.
+        """
+        return self._run(
+            self._requests.call(
+                kind,
+                {**(fields or {}), **more},
+                body=body,
+                timeout=timeout,
+                compression=compression,
+                on_event=on_event,
+            )
+        )
+
+    def objects(self) -> ObjectList:
+        """The objects that are published for this client: a list of ``ObjectInfo``."""
+        return self._run(self._requests.objects())
+
+    def watch_objects(self) -> ObjectWatch:
+        """What is published, and again whenever that has changed: a list of ``ObjectInfo`` each.
+
+        A client has one such watch at a time; another one raises ``RuntimeError``.
+        """
+        return ObjectWatch(self, self._requests.watch_objects())
+
+    def fetch(
+        self, which: Wanted, *, timeout: float | None = None, compression: str | None = None
+    ) -> Result | Fetched:
+        """An object: its name, an ``ObjectInfo`` or a ``Reference``.
+
+        A table is a ``Result``, whose batches come as they are read; what a plugin made bytes of is
+        ``Fetched``, with ``payload`` and ``references``.
+        """
+        fetched = self._run(self._requests.fetch(which, timeout, compression))
+        return fetched if isinstance(fetched, Fetched) else Result(self, fetched)
+
+    def open(self, which: Wanted) -> OpenObject:
+        """Open an object: its name, an ``ObjectInfo`` or a ``Reference``."""
+        return OpenObject(self, self._requests.open(which))
 
     def cache_stats(self) -> CacheStats:
         """What the result cache of the server did, and what it holds."""

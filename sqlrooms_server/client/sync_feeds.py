@@ -7,8 +7,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sqlrooms_server.client import feeds
+from sqlrooms_server.client.plugin_replies import (
+    ObjectList,
+)
 from sqlrooms_server.client.queries import Snapshot
-from sqlrooms_server.client.replies import Change, Heard
+from sqlrooms_server.client.replies import (
+    Change,
+    Heard,
+)
 from sqlrooms_server.client.results import SubscriptionState, WatchState
 from sqlrooms_server.client.sync_results import Result
 
@@ -93,6 +99,16 @@ class Live(Feed[Snapshot, Result]):
 
     def _item(self, told: Snapshot) -> Result:
         return Result(self._client, told)
+
+
+class ObjectWatch(Feed[ObjectList, ObjectList]):
+    """What plugins have published for this client, and again whenever that has changed.
+
+    Who is slow gets what is published then. After a lost connection it goes on with that, too.
+    """
+
+    def _item(self, told: ObjectList) -> ObjectList:
+        return told
 
 
 class Subscription(SubscriptionState, Feed[Heard, Heard]):

@@ -20,6 +20,7 @@ from sqlrooms_server.messages import Params
 
 if TYPE_CHECKING:
     from sqlrooms_server.db.engine import Engine
+    from sqlrooms_server.db.statements import Classifier
 
 DUCKDB_VERSION: str = duckdb.__version__
 
@@ -50,7 +51,16 @@ _CONFLICT_WORDS = ("conflict", "another transaction", "different transaction")
 class Result:
     """A result that is read batch by batch from ``batches``; ``reader`` knows its schema."""
 
-    __slots__ = ("_description", "batches", "reader", "rows", "statements", "truncated")
+    __slots__ = (
+        "_description",
+        "_is_closed",
+        "_table",
+        "batches",
+        "reader",
+        "rows",
+        "statements",
+        "truncated",
+    )
 
     def __init__(
         self, reader: pa.RecordBatchReader, description: list[Any], statements: Statements
@@ -62,6 +72,31 @@ class Result:
         self.rows = 0
         self.truncated = False
         self._description = description
+        self._table: pa.Table | None = None
+        self._is_closed = False
+
+    def table(self) -> pa.Table:
+        """All rows, in memory. The result can be sent all the same, and the table be kept.
+
+        Raises ``QueryError``.
+        """
+        if self._table is None:
+            try:
+                self._table = pa.Table.from_batches(list(self.batches), self.reader.schema)
+            except _DATABASE_ERRORS as error:
+                raise query_failure(error) from error
+            self.batches = iter(self._table.to_batches())
+        return self._table
+
+    def close(self) -> None:
+        """Let go of what DuckDB holds. A reader that is not closed keeps a transaction open."""
+        self._is_closed = True
+        self.reader.close()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its rows can be read no more."""
+        return self._is_closed and self._table is None
 
     def count_rows(
         self, max_rows: int | None = None, refuse: Callable[[], ServerError] | None = None
@@ -71,12 +106,15 @@ class Result:
         When there are more than ``max_rows``, raise what ``refuse`` returns, or without it, end
         there and note that the result is truncated.
         """
-        self.batches = self._counted(max_rows, refuse)
+        self.batches = self._counted(self.batches, max_rows, refuse)
 
     def _counted(
-        self, max_rows: int | None, refuse: Callable[[], ServerError] | None
+        self,
+        batches: Iterable[pa.RecordBatch],
+        max_rows: int | None,
+        refuse: Callable[[], ServerError] | None,
     ) -> Iterator[pa.RecordBatch]:
-        for batch in self.reader:
+        for batch in batches:
             if max_rows is not None and self.rows + batch.num_rows > max_rows:
                 if refuse is not None:
                     raise refuse()
@@ -137,6 +175,9 @@ class Cursor:
         self._policy = None if policy.is_open else policy
         self._session = session
         self._is_own = session is None
+        # Names may mean something else here than on other cursors.
+        self._is_special = session is not None
+        self._classifier = engine.classifier if session is None else engine.classifier_of_sessions
         # What has happened by now that an error of the query does not undo: a sentence, or none.
         self.aftermath = ""
         self._shows_progress = False
@@ -185,8 +226,7 @@ class Cursor:
         with self._lock:
             self._closed = True
         if self._result is not None:
-            # A reader that somebody still refers to would keep the transaction open.
-            self._result.reader.close()
+            self._result.close()
         if self._is_own:
             self.native.close()
         elif self._shows_progress:
@@ -207,9 +247,60 @@ class Cursor:
     def examine(self, sql: str) -> Statements:
         """What ``sql`` is. Raises ``Forbidden`` when it must not run; see :class:`guard.Guard`."""
         if self._policy is None:
-            return self._engine.classifier.classify(self.native, sql)
-        own_names = self._session is not None
-        return self._engine.guard.check(self.native, sql, self._policy, own_names=own_names)
+            return self._classifier.classify(self.native, sql)
+        return self._engine.guard.check(
+            self.native, sql, self._policy, self._classifier, own_names=self._is_special
+        )
+
+    def prepare(
+        self,
+        prepare: Callable[[duckdb.DuckDBPyConnection], None],
+        classifier: Callable[[Engine], Classifier],
+    ) -> None:
+        """Let ``prepare`` set up the native cursor, unless an earlier job of the session did.
+
+        ``classifier`` gives the one for such cursors, but those of sessions. When something is
+        raised, the cursor of a session is given up: the next job gets another.
+        """
+        session = self._session
+        if session is not None and session.is_prepared:
+            return
+        try:
+            prepare(self.native)
+        except BaseException:
+            if session is not None:
+                session.close()
+            self.check()
+            raise
+        self._is_special = True
+        if session is not None:
+            session.is_prepared = True
+        else:
+            self._classifier = classifier(self._engine)
+
+    @property
+    def is_special(self) -> bool:
+        """Whether names may mean something else here than on other cursors."""
+        return self._is_special
+
+    def ask(
+        self, sql: str, params: Params | None = None, formats: tuple[str, ...] = ("arrow",)
+    ) -> Result | None:
+        """As :meth:`run`, for code of plugins: errors of DuckDB are raised as ``ServerError``."""
+        try:
+            return self.run(sql, params, formats)
+        except _DATABASE_ERRORS as error:
+            self.check()
+            raise query_failure(error) from error
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Errors of DuckDB come out of the block as ``ServerError``."""
+        try:
+            yield
+        except _DATABASE_ERRORS as error:
+            self.check()
+            raise query_failure(error) from error
 
     def bind(self, sql: str) -> None:
         """Raise what DuckDB says about one SELECT that cannot run. Does not run it."""
@@ -228,7 +319,7 @@ class Cursor:
         """
         self.check()
         if self._result is not None:
-            self._result.reader.close()
+            self._result.close()
         epoch = self._engine.versions.epoch
         statements = self.examine(sql)
         if self._policy is not None and statements.is_several:
@@ -236,6 +327,8 @@ class Cursor:
             # next one finds, as in a session.
             if self._session is None:
                 self._session = SharedCursor(self._engine)
+                self._is_special = True
+                self._classifier = self._engine.classifier_of_sessions
             *first, sql = statements.texts
             for text in first:
                 self._run_through(text)
@@ -250,7 +343,7 @@ class Cursor:
             self._result = self._run_change(sql, params, statements, formats)
         else:
             self._result = self._run(sql, params, statements, formats)
-        if self._policy is not None and self._session is None:
+        if self._policy is not None and not self._is_special:
             if epoch != self._engine.versions.epoch and not statements.effects:
                 # What it names may have become something else since it was checked. Nothing is
                 # sent yet. Another cursor asks, since this one has a result open.
@@ -272,7 +365,7 @@ class Cursor:
         """Run ``sql`` and record what it changes, once it has committed."""
         changes = self._engine.changes
         session = self._session
-        expected = changes.expect(self.native, statements, own_names=session is not None)
+        expected = changes.expect(self.native, statements, own_names=self._is_special)
         failed = True
         with changes.under_way(expected, statements):
             try:
@@ -313,7 +406,7 @@ class Cursor:
         statements: Statements,
         formats: tuple[str, ...],
     ) -> Result | None:
-        # The parser follows settings, and a session may have its own.
+        # The parser follows settings, and each session may have its own.
         statement = (statements.parsed if self._session is None else None) or sql
         if statements.end_in_change:
             return self._change(statement, params, statements)
@@ -431,6 +524,8 @@ class SharedCursor:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._native: duckdb.DuckDBPyConnection | None = None
+        # Whether :meth:`Cursor.prepare` has set it up.
+        self.is_prepared = False
         # None: nobody knows whether a transaction is open.
         self._in_transaction: bool | None = False
         # What the open transaction is going to change when it commits.
@@ -478,6 +573,8 @@ class SharedCursor:
             with contextlib.suppress(duckdb.Error):
                 self._native.close()
             self._native = None
+        self.is_prepared = False
+        self._in_transaction, self._pending = False, None
 
 
 def is_conflict(error: duckdb.TransactionException) -> bool:

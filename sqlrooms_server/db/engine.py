@@ -70,7 +70,9 @@ class Engine:
         self.read_only = read_only
         self._sandbox = sandbox or Sandbox()
         self._locks = contextlib.ExitStack()
-        self.classifier = Classifier(max_nesting)
+        self._max_nesting = max_nesting
+        self.classifier = self.new_classifier()
+        self.classifier_of_sessions = self.new_classifier()
         self.versions = Versions()
         self.changes = Changes(self.versions)
         self._writer = threading.Lock()
@@ -99,7 +101,12 @@ class Engine:
 
         self.readings = Readings(self.versions, self.catalog)
         self.reach = Reach(self.catalog, self._sandbox.directories, self._sandbox.functions)
-        self.guard = Guard(self.versions, self.classifier, self.reach)
+        self.guard = Guard(self.versions, self.reach)
+
+    def new_classifier(self) -> Classifier:
+        """One for cursors of their own kind: what a text is parsed to follows settings, which
+        sessions may change, and plugins on the cursors that they prepare."""
+        return Classifier(self._max_nesting)
 
     def bounded(self, policy: Policy) -> Policy:
         """``policy`` of somebody within what the sandbox allows everybody."""

@@ -17,15 +17,20 @@ _MEMO_TEXT_LENGTH = 16 << 10
 class Guard:
     """The one of a server. Safe from any thread."""
 
-    def __init__(self, versions: Versions, classifier: Classifier, reach: Reach) -> None:
+    def __init__(self, versions: Versions, reach: Reach) -> None:
         self._versions = versions
-        self._classifier = classifier
         self._reach = reach
         self._reserved: frozenset[str] | None = None
         self._memo: dict[tuple[str, Policy], tuple[int, Statements]] = {}
 
     def check(
-        self, native: duckdb.DuckDBPyConnection, sql: str, policy: Policy, *, own_names: bool
+        self,
+        native: duckdb.DuckDBPyConnection,
+        sql: str,
+        policy: Policy,
+        classifier: Classifier,
+        *,
+        own_names: bool,
     ) -> Statements:
         """What ``sql`` is. Raises ``Forbidden`` for what ``policy`` does not allow, and
         ``QueryError`` for what DuckDB would refuse.
@@ -42,7 +47,7 @@ class Guard:
         self._versions.in_use = True
         epoch = self._versions.epoch
         reserved = self._reserved_words(native)
-        check = Check(self._reach, self._classifier, reserved, native, policy)
+        check = Check(self._reach, classifier, reserved, native, policy)
         statements = check.text(sql)
         if not own_names and len(sql) <= _MEMO_TEXT_LENGTH:
             if len(self._memo) >= _MEMO_ENTRIES:

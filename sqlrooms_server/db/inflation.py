@@ -25,6 +25,9 @@ _MOST_TIMES = 4
 
 FLATBUFFER_ERRORS = (struct.error, IndexError)
 
+# What errors call a stream that is uploaded.
+UPLOAD = "the body of uploadArrow"
+
 
 class Table:
     """A table in a flatbuffer, its fields by number. Raises ``FLATBUFFER_ERRORS`` for what is none.
@@ -80,10 +83,11 @@ class Table:
 class Inflation:
     """Of one stream, whose messages have at most ``max_message`` bytes as they are sent.
 
-    A batch, and all dictionaries together, may become four times as large.
+    A batch, and all dictionaries together, may become four times as large. Errors call it ``name``.
     """
 
-    def __init__(self, max_message: int) -> None:
+    def __init__(self, max_message: int, name: str = UPLOAD) -> None:
+        self._name = name
         self._limit = _MOST_TIMES * max_message
         self._dictionaries: dict[int, int] = {}
 
@@ -94,7 +98,7 @@ class Inflation:
         """
         if _EXPERIMENTAL in metadata:
             raise BadRequest(
-                "The body of uploadArrow is compressed as by Arrow 0.17; use a later one."
+                f"A message in {self._name} is compressed as by Arrow 0.17; use a later one."
             )
         message = Table.root(metadata)
         kind, header = message.number(1, "<B"), message.table(2)
@@ -113,7 +117,7 @@ class Inflation:
     def _refuse_above(self, size: int) -> None:
         if size > self._limit:
             raise BadRequest(
-                f"A batch in the body of uploadArrow has {size} bytes when it is decompressed; at "
+                f"A batch in {self._name} has {size} bytes when it is decompressed; at "
                 f"most {self._limit} are allowed ({_MOST_TIMES} times --max-message-size). "
                 "Send smaller batches."
             )

@@ -20,6 +20,7 @@ from sqlrooms_server.db.inflation import (
     FLATBUFFER_ERRORS,
     RECORD_BATCH,
     SCHEMA,
+    UPLOAD,
     Inflation,
     Table,
 )
@@ -46,16 +47,19 @@ _COPIED_BYTES = 4096
 # Smaller pieces are joined: each costs a hundred bytes besides its own.
 _JOINED_BYTES = 16 << 10
 
+_UNREADABLE = "the metadata of a message cannot be read"
+
 
 class PushedStream:
     """Reads batches from the pieces it is fed. Raises ``BadRequest`` for what is no stream.
 
     Every batch is validated: DuckDB trusts offsets, and a bad one ends the process. A message may
-    have ``max_message`` bytes.
+    have ``max_message`` bytes. Errors call the stream ``name``.
     """
 
-    def __init__(self, max_message: int) -> None:
+    def __init__(self, max_message: int, name: str = UPLOAD) -> None:
         self.schema: pa.Schema | None = None
+        self._name = name
         self._max_message = max_message
         self._pieces: deque[memoryview] = deque()
         self._available = 0
@@ -64,10 +68,15 @@ class PushedStream:
         self._type = 0
         self._metadata = b""
         self._body_starts = 0
-        self._inflation = Inflation(max_message)
+        self._inflation = Inflation(max_message, name)
         self._ended = False
         self._complete = _CompleteMessages()
         self._reader: Any = None
+
+    @property
+    def pending(self) -> int:
+        """The bytes of the message under way that are here already."""
+        return self._available
 
     def feed(self, data: memoryview) -> list[pa.RecordBatch]:
         """The batches that ``data`` completes."""
@@ -83,7 +92,7 @@ class PushedStream:
                 continue
             message = self._take(self._size)
             if self._type != SCHEMA:
-                _check(self._inflation, self._metadata, message, self._body_starts)
+                self._check(message)
             self._complete.add(message)
             self._size = None
             if self._type == SCHEMA:
@@ -95,14 +104,14 @@ class PushedStream:
     def finish(self) -> None:
         """There is no more data."""
         if self.schema is None:
-            raise BadRequest("The body of uploadArrow ends before its schema does.")
+            raise BadRequest(f"{_capital(self._name)} ends before its schema does.")
         if self._available and not self._ended:
-            raise BadRequest("The body of uploadArrow ends in the middle of a message.")
+            raise BadRequest(f"{_capital(self._name)} ends in the middle of a message.")
 
     def _message_is_complete(self) -> bool:
         if self._ended:
             if self._available:
-                raise BadRequest("The body of uploadArrow goes on after the end of its stream.")
+                raise BadRequest(f"{_capital(self._name)} goes on after the end of its stream.")
             return False
         if self._size is None:
             self._read_size()
@@ -125,7 +134,7 @@ class PushedStream:
             self._size = 0
             return
         if length > _MAX_METADATA:
-            raise broken(f"the metadata of a message has {length} bytes")
+            raise broken(f"the metadata of a message has {length} bytes", self._name)
         if self._available < start + length:
             return
         metadata = self._peek(start + length)[start:]
@@ -133,14 +142,14 @@ class PushedStream:
             message = Table.root(metadata)
             self._type, body = message.number(1, "<B"), message.number(3, "<q")
         except FLATBUFFER_ERRORS as error:
-            raise broken("the metadata of a message cannot be read") from error
+            raise broken(_UNREADABLE, self._name) from error
         if self._type not in (SCHEMA, DICTIONARY, RECORD_BATCH):
-            raise broken(f"it holds a message of type {self._type}")
+            raise broken(f"it holds a message of type {self._type}", self._name)
         if (self._type == SCHEMA) != (self.schema is None):
-            raise broken("it must begin with a schema, and have one")
+            raise broken("it must begin with a schema, and have one", self._name)
         if not 0 <= body <= self._max_message:
             raise BadRequest(
-                f"A message in the body of uploadArrow has {body} bytes; at most "
+                f"A message in {self._name} has {body} bytes; at most "
                 f"{self._max_message} are allowed (--max-message-size). Send smaller batches."
             )
         self._size = start + length + body
@@ -172,15 +181,21 @@ class PushedStream:
             self._reader = pa.ipc.open_stream(source, options=READ_OPTIONS)
             self.schema = numbered(self._reader.schema)
         except STREAM_ERRORS as error:
-            raise broken(error) from error
+            raise broken(error, self._name) from error
 
     def _next_batch(self) -> pa.RecordBatch:
         try:
             batch = self._reader.read_next_batch()
             batch.validate(full=True)
         except (*STREAM_ERRORS, StopIteration) as error:
-            raise broken(error) from error
+            raise broken(error, self._name) from error
         return pa.RecordBatch.from_arrays(batch.columns, schema=self.schema)
+
+    def _check(self, message: list[memoryview]) -> None:
+        try:
+            _check(self._inflation, self._metadata, message, self._body_starts)
+        except FLATBUFFER_ERRORS as error:
+            raise broken(_UNREADABLE, self._name) from error
 
 
 class _CompleteMessages:
@@ -237,6 +252,8 @@ def check_stream(body: pa.Buffer, max_message: int) -> None:
             if message.body is not None:
                 metadata = message.metadata.to_pybytes()
                 _check(inflation, metadata, [memoryview(message.body)])
+    except FLATBUFFER_ERRORS as error:
+        raise broken(_UNREADABLE) from error
     except STREAM_ERRORS as error:
         raise broken(error) from error
 
@@ -245,10 +262,7 @@ def _check(
     inflation: Inflation, metadata: bytes, pieces: Sequence[memoryview], start: int = 0
 ) -> None:
     """Check a message, whose body begins at ``start`` of its ``pieces``."""
-    try:
-        inflation.check(metadata, lambda offset: _part(pieces, start + offset, 8))
-    except FLATBUFFER_ERRORS as error:
-        raise broken("the metadata of a message cannot be read") from error
+    inflation.check(metadata, lambda offset: _part(pieces, start + offset, 8))
 
 
 def _part(pieces: Sequence[memoryview], start: int, size: int) -> bytes:
@@ -264,6 +278,10 @@ def _part(pieces: Sequence[memoryview], start: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def broken(reason: object) -> BadRequest:
-    """The error for a stream that cannot be read."""
-    return BadRequest(f"The body of uploadArrow is not a valid Arrow IPC stream: {reason}")
+def broken(reason: object, name: str = UPLOAD) -> BadRequest:
+    """The error for a stream, called ``name``, that cannot be read."""
+    return BadRequest(f"{_capital(name)} is not a valid Arrow IPC stream: {reason}")
+
+
+def _capital(name: str) -> str:
+    return name[:1].upper() + name[1:]

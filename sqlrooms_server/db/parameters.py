@@ -9,6 +9,7 @@ from typing import Any
 
 import duckdb
 
+from sqlrooms_server.db.declared import Declared, bound
 from sqlrooms_server.db.statements import Statements
 from sqlrooms_server.errors import BadRequest
 from sqlrooms_server.messages import Params
@@ -84,6 +85,8 @@ def _value(cursor: duckdb.DuckDBPyConnection, value: Any, where: str, depth: int
         raise BadRequest(f"{where} is nested deeper than {_MAX_DEPTH} levels.")
     if isinstance(value, str):
         return _text(value, where)
+    if isinstance(value, Declared):
+        return bound(cursor, value, where)
     if isinstance(value, float) and not math.isfinite(value):
         raise BadRequest(f"{where} is too large for a DOUBLE.")
     if isinstance(value, int) and not _MIN_INTEGER <= value <= _MAX_INTEGER:

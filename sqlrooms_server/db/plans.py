@@ -246,6 +246,11 @@ class Readings:
                 self._memo[sql] = reading
         return reading
 
+    def alone(self, native: duckdb.DuckDBPyConnection, sql: str) -> Reading:
+        """What ``sql``, one SELECT, reads on ``native``, where names may mean something else than
+        on other cursors. Not remembered."""
+        return self._read(native, sql, self._versions.epoch)
+
     def _read(self, native: duckdb.DuckDBPyConnection, sql: str, epoch: int) -> Reading:
         if len(sql) > MAX_PLANNED_LENGTH:
             reason = f"its text has more than {MAX_PLANNED_LENGTH} characters"

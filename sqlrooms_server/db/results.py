@@ -22,7 +22,7 @@ Chunk = bytes | memoryview
 # Smaller pieces are joined: each chunk costs a lock and a frame.
 WHOLE_MESSAGE_BYTES = 64 << 10
 
-_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 # Announces a message of 2 GiB and is followed by less, which every Arrow reader refuses.
 # Some readers take a stream that merely ends for a complete one.
@@ -66,7 +66,7 @@ class _SchemaMessage:
     def __init__(self, schema: pa.Schema) -> None:
         self.schema = schema
         self.message = schema.serialize().to_pybytes()
-        self.has_dictionary = any(_has_dictionary(type_) for type_ in schema.types)
+        self.has_dictionary = any(has_dictionary(type_) for type_ in schema.types)
 
     @classmethod
     def of(cls, result: Result) -> _SchemaMessage:
@@ -82,14 +82,14 @@ def _plain_pieces(schema_message: bytes, batches: Iterable[pa.RecordBatch]) -> I
     yield schema_message
     for batch in batches:
         yield memoryview(batch.serialize())
-    yield _END_OF_STREAM
+    yield END_OF_STREAM
 
 
 def _written_pieces(
     schema: pa.Schema, batches: Iterable[pa.RecordBatch], compression: str | None
 ) -> Iterator[Chunk]:
     """As Arrow's stream writer does it, which alone knows when a dictionary must be sent."""
-    sink = _Sink()
+    sink = Sink()
     options = pa.ipc.IpcWriteOptions(compression=compression)
     with pa.ipc.new_stream(sink, schema, options=options) as writer:
         for batch in batches:
@@ -98,13 +98,13 @@ def _written_pieces(
     yield from sink.messages()
 
 
-def _has_dictionary(type_: Any) -> bool:
+def has_dictionary(type_: Any) -> bool:
     return pa.types.is_dictionary(type_) or any(
-        _has_dictionary(type_.field(index).type) for index in range(type_.num_fields)
+        has_dictionary(type_.field(index).type) for index in range(type_.num_fields)
     )
 
 
-class _Sink:
+class Sink:
     """A file for Arrow's writer whose content can be taken away."""
 
     closed = False

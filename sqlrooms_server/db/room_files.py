@@ -41,15 +41,17 @@ _TABLES = (
 )
 
 
-def place(db_path: str, meta_db: str, rooms_db: str) -> str:
-    """Where the rooms are: where they were wanted, or beside the database."""
+def place(db_path: str, meta_db: str, rooms_db: str, app: str = "") -> str:
+    """Where the rooms of ``app`` are: where they were wanted, or beside the database."""
     if rooms_db:
         return rooms_db
     main = meta_db or db_path
     if main == files.MEMORY:
         return main
     path = Path(main)
-    return str(path.with_name(f"{path.stem}.rooms{path.suffix or '.duckdb'}"))
+    # Those of an app apart, since several may have one database, and none the rooms of another.
+    stem = f"{path.stem}.{app}" if app else path.stem
+    return str(path.with_name(f"{stem}.rooms{path.suffix or '.duckdb'}"))
 
 
 def open_store(path: str) -> tuple[duckdb.DuckDBPyConnection, bool]:

@@ -6,9 +6,10 @@ The policy is what holds. The locks are for what it might have missed.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import duckdb
@@ -36,6 +37,16 @@ _PRIVATE = (
 )
 
 
+def private_files(settings: Settings) -> dict[str, str]:
+    """Paths that are nobody's business, by what they are."""
+    paths = {
+        "the database": settings.db_path,
+        "the cache": "" if settings.no_cache else str(Place(settings.cache_dir, "").parent),
+        **{f"the file of {flag(name)}": getattr(settings, name) for name in _PRIVATE},
+    }
+    return {name: path for name, path in paths.items() if path and path != files.MEMORY}
+
+
 def base_policy(settings: Settings) -> Policy:
     """What bounds everybody, whatever their role."""
     if not settings.sandbox:
@@ -61,16 +72,14 @@ class Sandbox:
     temp_size: int = 0
 
     @classmethod
-    def of(cls, settings: Settings) -> Sandbox:
-        """Raises ``StartupError`` for a directory that is not there or holds too much."""
+    def of(cls, settings: Settings, others: Sequence[Settings] = ()) -> Sandbox:
+        """``others`` are those of other databases of this process.
+
+        Raises ``StartupError`` for a directory that is not there or holds too much.
+        """
         directories = Directories(settings.allow_dir)
-        private = {
-            "the database": settings.db_path,
-            "the cache": "" if settings.no_cache else Place(settings.cache_dir, "").parent,
-            **{f"the file of {flag(name)}": getattr(settings, name) for name in _PRIVATE},
-        }
-        for name, path in private.items():
-            if path and path != files.MEMORY:
+        for one in (settings, *others):
+            for name, path in private_files(one).items():
                 directories.refuse(name, path)
         return cls(
             base_policy(settings),
@@ -94,6 +103,8 @@ class Sandbox:
             yield
             return
         with contextlib.ExitStack() as stack:
+            if self.temp_directory:
+                _make(self.temp_directory)
             place = tempfile.mkdtemp(prefix="sqlrooms-temp-", dir=self.temp_directory or None)
             stack.callback(shutil.rmtree, place, ignore_errors=True)
             allowed = ", ".join(quote_literal(directory) for directory in self.directories)
@@ -116,3 +127,12 @@ class Sandbox:
                     f"--sandbox: DuckDB cannot be locked: {str(error).splitlines()[0]}"
                 ) from error
             yield
+
+
+def _make(directory: str) -> None:
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+        raise StartupError(
+            f"Cannot make the directory {directory} of --temp-directory: {error.strerror}."
+        ) from error

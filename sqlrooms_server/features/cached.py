@@ -6,6 +6,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack
 
 from sqlrooms_server.cache import Entry, Key, ResultCache
 from sqlrooms_server.db.engine import Engine
@@ -13,14 +14,17 @@ from sqlrooms_server.db.plans import MAX_PLANNED_LENGTH, Reading
 from sqlrooms_server.db.policy import Policy
 from sqlrooms_server.db.results import Chunk, arrow_chunks, json_chunks
 from sqlrooms_server.db.versions import Token
+from sqlrooms_server.errors import InternalError
 from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.chunked import ChunkedRequest
 from sqlrooms_server.features.flights import Flight, Flights
+from sqlrooms_server.features.interception import Interception
 from sqlrooms_server.features.limits import Bounds, bound_rows, truncation
 from sqlrooms_server.features.requests import Request, Requests
 from sqlrooms_server.jobs import Lane, Pause, Scheduler, Work
 from sqlrooms_server.messages import CacheStats, Params, Query
 from sqlrooms_server.peer import Peer
+from sqlrooms_server.plugin import Query as SeenQuery
 from sqlrooms_server.protocol import arrow_prefix, encode_reply, json_prefix, json_suffix
 from sqlrooms_server.settings import Settings
 
@@ -41,7 +45,9 @@ class CachedQueries(Feature):
         requests: Requests,
         settings: Settings,
         cache: ResultCache | None,
+        plugins: Interception,
     ) -> None:
+        self._plugins = plugins
         self._engine = engine
         self._requests = requests
         self._settings = settings
@@ -61,9 +67,12 @@ class CachedQueries(Feature):
     def closed(self, peer: Peer) -> None:
         self._lanes.pop(peer, None)
 
-    def answer(self, peer: Peer, query: Query, bounds: Bounds) -> bool:
-        """Answer ``query`` from memory, on the loop thread; False when that is not possible."""
-        if self._cache is None or _is_large(query):
+    def answer(self, peer: Peer, query: Query, bounds: Bounds, seen: SeenQuery | None) -> bool:
+        """Answer ``query`` from memory, on the loop thread; False when that is not possible.
+
+        ``seen`` is the query as plugins see it, if there are any that want to.
+        """
+        if self._cache is None or self._plugins.is_personal or _is_large(query):
             return False
         self._engine.versions.in_use = True
         key = _key(query, bounds)
@@ -83,15 +92,28 @@ class CachedQueries(Feature):
             peer.send(message)
         else:
             peer.send_binary(message)
+        if seen is not None:
+            self._plugins.answered(seen, entry.facts["rows"], len(message))
         return True
 
-    def work(self, request: Request, query: Query, bounds: Bounds, alone: Work) -> Work:
+    def work(
+        self, request: Request, query: Query, bounds: Bounds, alone: Work, seen: SeenQuery | None
+    ) -> Work:
         """Answer ``request`` from the cache, from a run that others wait for, or ``alone``."""
+        if self._plugins.is_personal:
+            self._count("uncacheable")
+            return alone
         lane = self._lanes.setdefault(request.peer, Lane())
-        return self._work(request, query, bounds, lane, alone)
+        return self._work(request, query, bounds, lane, alone, seen)
 
     def _work(
-        self, request: Request, query: Query, bounds: Bounds, lane: Lane, alone: Work
+        self,
+        request: Request,
+        query: Query,
+        bounds: Bounds,
+        lane: Lane,
+        alone: Work,
+        seen: SeenQuery | None,
     ) -> Work:
         cache, versions = self._cache, self._engine.versions
         reading = (
@@ -107,13 +129,16 @@ class CachedQueries(Feature):
                 entry = cache.find(key)
                 is_hit = entry is not None and versions.holds(entry.token)
                 if not is_hit:
-                    entry = yield from self._joined(cache, key, token, request, query, bounds, lane)
+                    entry = yield from self._joined(
+                        cache, key, token, request, query, bounds, lane, seen
+                    )
         if entry is None:
             self._count("uncacheable")
             yield from alone
             return
         if is_hit:
             self._count("hits")
+        request.rows = entry.facts["rows"]
         request.is_text, chunks = _reply(query, entry, cached=is_hit, request=request)
         for chunk in chunks:
             yield Pause.FULL if request.put(chunk) else Pause.TURN
@@ -139,6 +164,7 @@ class CachedQueries(Feature):
         query: Query,
         bounds: Bounds,
         lane: Lane,
+        seen: SeenQuery | None,
     ) -> Generator[Pause, None, Entry | None]:
         """Wait for the run that computes ``key``; its entry, or None when it is too large."""
 
@@ -156,7 +182,7 @@ class CachedQueries(Feature):
                     if flight.entry is not None and self._engine.versions.holds(token):
                         cache.store(key, flight.entry)
 
-                run = self._compute(cache, flight, query, bounds)
+                run = self._compute(cache, flight, query, bounds, seen)
                 self._flights.begin(key, flight, lane, run, keep)
             while not flight.is_over:
                 yield Pause.WAIT
@@ -175,15 +201,30 @@ class CachedQueries(Feature):
             self._too_large.clear()
         self._too_large[key] = token
 
-    def _compute(self, cache: ResultCache, flight: Flight, query: Query, bounds: Bounds) -> Work:
+    def _compute(
+        self,
+        cache: ResultCache,
+        flight: Flight,
+        query: Query,
+        bounds: Bounds,
+        seen: SeenQuery | None,
+    ) -> Work:
         spool = cache.spool()
         try:
-            with self._engine.cursor(bounds.policy) as cursor:
+            with ExitStack() as stack:
+                cursor = stack.enter_context(self._engine.cursor(bounds.policy))
                 flight.cursor = cursor
+                if seen is not None and self._plugins.takes_part:
+                    self._plugins.prepare(cursor, seen)
                 if query.options.progress:
                     cursor.show_progress()
-                result = cursor.run(query.sql, query.options.params, query.formats)
-                assert result is not None
+                if seen is not None and self._plugins.takes_part:
+                    value = self._plugins.ask(cursor, seen, query.formats)
+                    result = stack.enter_context(self._plugins.opened(flight, value, query.formats))
+                else:
+                    result = cursor.run(query.sql, query.options.params, query.formats)
+                if result is None:
+                    raise InternalError("A plugin that is_transparent returned no result.")
                 limit = bound_rows(result, query.options, bounds, count=True)
                 first = result.first_batch()
                 is_json = result.goes_as_json(query.formats)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlrooms_server.errors import BadRequest, QueryId, Timeout
@@ -56,7 +56,7 @@ class ChunkedRequest(Request):
             self._requests.post(self._start_stream)
         return self._outbox.put(chunk)
 
-    def acknowledge(self, size: int) -> None:
+    def acknowledge(self, size: int, *, has_last: bool = False) -> None:
         """The client consumed ``size`` bytes in all. More than it got ends the result."""
         if size > self._sent_bytes:
             self.stop(BadRequest(f"ack of {size} bytes, but only {self._sent_bytes} were sent."))
@@ -87,10 +87,14 @@ class ChunkedRequest(Request):
         self._sent_bytes += size
         more = self._final_fields() if last else {}
         head = arrow_prefix(self.query_id, seq=self._seq, last=last, **more)
+        self._cut(pieces, size, last, more)
         self._seq += 1
         if last:
             self._outbox.sent()
         return [head, *pieces]
+
+    def _cut(self, pieces: list[Chunk], size: int, last: bool, more: dict[str, Any]) -> None:
+        """The message ``_seq`` is about to be sent."""
 
     def _room(self, size: int) -> int:
         """How much can be sent after ``size`` bytes that are not counted yet."""
@@ -158,10 +162,17 @@ class ChunkedRequest(Request):
 
 
 class Acks(Feature):
-    """A feature: it answers nothing to ``ack``, but lets chunked results go on."""
+    """A feature: it answers nothing to ``ack``, but lets chunked results go on.
 
-    def __init__(self, requests: Requests) -> None:
+    ``on_late`` is told of those that are for nothing in flight: the result has ended, and they
+    were under way.
+    """
+
+    def __init__(
+        self, requests: Requests, on_late: Callable[[Peer, Ack], None] | None = None
+    ) -> None:
         self._requests = requests
+        self._on_late = on_late
 
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
@@ -170,5 +181,6 @@ class Acks(Feature):
     def _ack(self, peer: Peer, ack: Ack) -> None:
         request = self._requests.find(peer, ack.query_id)
         if isinstance(request, ChunkedRequest):
-            request.acknowledge(ack.size)
-        # Otherwise the result has ended, and its acknowledgements were under way.
+            request.acknowledge(ack.size, has_last=ack.last)
+        elif request is None and self._on_late is not None:
+            self._on_late(peer, ack)

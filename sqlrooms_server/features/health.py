@@ -96,12 +96,21 @@ class Health(Feature):
                     "type": "welcome",
                     "protocol": PROTOCOL_VERSION,
                     "server": f"sqlrooms-server {__version__}",
-                    "features": [*FEATURES, "rooms"] if self._settings.sync else FEATURES,
+                    "features": self._features(),
                     "limits": limits,
                     "connectionId": peer.id,
                 }
             )
         )
+
+    def _features(self) -> list[str]:
+        settings = self._settings
+        optional = {
+            "rooms": settings.sync,
+            "namedQueries": bool(settings.queries),
+            "resume": bool(settings.resume_window),
+        }
+        return [*FEATURES, *(name for name, is_on in optional.items() if is_on)]
 
     def _healthz(self, request: HttpRequest, exchange: Exchange, _: Identity | None) -> None:
         exchange.respond(200, b"ok")

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
 
-from sqlrooms_server.db.cursor import Cursor
+from sqlrooms_server.db.cursor import Cursor, Result
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.results import arrow_chunks
 from sqlrooms_server.db.room_macros import wanted_rooms
@@ -21,6 +23,7 @@ from sqlrooms_server.errors import (
     TooLarge,
 )
 from sqlrooms_server.features import Feature, MessageHandler
+from sqlrooms_server.features.interception import Interception
 from sqlrooms_server.features.limits import (
     Bounds,
     bound_rows,
@@ -33,6 +36,7 @@ from sqlrooms_server.features.requests import Request, Requests, as_server_error
 from sqlrooms_server.jobs import Job, Lane, Pause, Scheduler, Work
 from sqlrooms_server.messages import Live, Options
 from sqlrooms_server.peer import Peer
+from sqlrooms_server.plugin import Query as SeenQuery
 from sqlrooms_server.protocol import arrow_prefix
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.timers import Timer, Timers
@@ -45,13 +49,14 @@ _MAX_WAITING_BYTES = 512 << 20
 # A result up to this is kept for subscribers that come later.
 _KEPT_BYTES = 256 << 10
 
-_Key = tuple[str, str, int | None, str | None, float | None, Bounds]
+# Its last part is None when others may share it.
+_Key = tuple[str, str, int | None, str | None, float | None, Bounds, "Subscription | None"]
 
 
-def _key(live: Live, bounds: Bounds) -> _Key:
+def _key(live: Live, bounds: Bounds, owner: Subscription | None) -> _Key:
     options = live.options
     params = json.dumps(options.params)
-    return live.sql, params, options.max_rows, options.compression, options.timeout, bounds
+    return live.sql, params, options.max_rows, options.compression, options.timeout, bounds, owner
 
 
 class Subscription(Request):
@@ -74,10 +79,13 @@ class _Query:
     """One query and its subscribers. Its run, at most one at a time, belongs to a worker.
 
     ``state`` counts the results that differed. ``body`` is the last one while it is needed.
+    ``tokens`` tell whether it still holds; None before the first. ``seen`` is the query as plugins
+    see it, of the first subscriber, if any take part in it.
     """
 
-    def __init__(self, sql: str, options: Options, bounds: Bounds) -> None:
+    def __init__(self, sql: str, options: Options, bounds: Bounds, seen: SeenQuery | None) -> None:
         self.sql = sql
+        self.seen = seen
         self.options = options
         self.bounds = bounds
         self.subscriptions: set[Subscription] = set()
@@ -85,7 +93,7 @@ class _Query:
         self.body: bytes | None = None
         self.header: dict[str, object] = {}
         self.digest = b""
-        self.token: Token | None = None
+        self.tokens: list[Token] | None = None
         self.job: Job | None = None
         self.deadline: Timer | None = None
         self.cursor: Cursor | None = None
@@ -100,7 +108,8 @@ class _Result:
     """What a run found, handed from the worker to the loop thread."""
 
     def __init__(self) -> None:
-        self.token: Token | None = None
+        # More than one when a plugin asks for more than one text.
+        self.tokens: list[Token] = []
         self.body = b""
         self.header: dict[str, object] = {}
 
@@ -115,7 +124,9 @@ class LiveQueries(Feature):
         timers: Timers,
         requests: Requests,
         settings: Settings,
+        plugins: Interception,
     ) -> None:
+        self._plugins = plugins
         self._engine = engine
         self._scheduler = scheduler
         self._timers = timers
@@ -137,6 +148,9 @@ class LiveQueries(Feature):
         self._engine.versions.in_use = True
         size = live.options.size or len(live.sql)
         subscription = Subscription(self._requests, peer, live.query_id, size=size)
+        seen = self._plugins.seen(peer, live) if self._plugins.is_wanted else None
+        if seen is not None:
+            self._plugins.follow(subscription, seen)
         refusal = self._refusal(peer)
         if refusal is not None:
             subscription.refuse(refusal)
@@ -144,10 +158,11 @@ class LiveQueries(Feature):
         if not self._requests.register(subscription):
             return
         bounds = bounds_of(peer.role, self._engine, self._settings)
-        key = _key(live, bounds)
+        key = _key(live, bounds, subscription if self._plugins.is_personal else None)
         query = self._queries.get(key)
         if query is None:
-            query = self._queries[key] = _Query(live.sql, live.options, bounds)
+            taking_part = seen if self._plugins.takes_part else None
+            query = self._queries[key] = _Query(live.sql, live.options, bounds, taking_part)
         query.subscriptions.add(subscription)
         self._counts[peer] = self._counts.get(peer, 0) + 1
         subscription.on_answered = lambda: self._leave(key, query, subscription)
@@ -198,7 +213,7 @@ class LiveQueries(Feature):
                 self._run(key, query)
 
     def _is_current(self, query: _Query) -> bool:
-        return query.token is not None and self._engine.versions.holds(query.token)
+        return query.tokens is not None and all(map(self._engine.versions.holds, query.tokens))
 
     def _run(self, key: _Key, query: _Query) -> None:
         result = _Result()
@@ -228,25 +243,17 @@ class LiveQueries(Feature):
         return self._timers.after(seconds, expire)
 
     def _work(self, query: _Query, result: _Result) -> Work:
-        engine = self._engine
-        with engine.cursor(query.bounds.policy) as cursor:
+        with ExitStack() as stack:
+            cursor = stack.enter_context(self._engine.cursor(query.bounds.policy))
             query.cursor = cursor
-            statements = cursor.examine(query.sql)
-            if statements.kinds is None:
-                # Raises what DuckDB says about a text that it cannot parse.
-                cursor.native.extract_statements(query.sql)
-            if not statements.is_one_select:
-                raise BadRequest("A live query must be one SELECT.")
-            reading = engine.readings.of(cursor.native, query.sql)
-            if reading.unwatchable and self._settings.sync and wanted_rooms(query.sql, None):
-                raise BadRequest("A query of rooms cannot be live; join the room instead.")
-            if reading.unwatchable:
-                if not statements.effects and not statements.parameters:
-                    cursor.bind(query.sql)
-                raise BadRequest(f"This query cannot be live: {reading.unwatchable}.")
-            result.token = engine.versions.token(reading.epoch, reading.tables)
-            found = cursor.run(query.sql, query.options.params)
-            assert found is not None
+            if query.seen is None:
+                result.tokens.append(self._depends_on(cursor, query.sql))
+                found = cursor.run(query.sql, query.options.params)
+            else:
+                value = self._intercepted(query.seen, cursor, result)
+                found = stack.enter_context(self._plugins.opened(query, value))
+            if found is None:
+                raise BadRequest("A live query must return a result.")
             limit = bound_rows(found, query.options, query.bounds)
             chunks, size = [], 0
             first = found.first_batch()
@@ -262,6 +269,43 @@ class LiveQueries(Feature):
             result.body = b"".join(chunks)
             result.header = truncation(found, limit)
 
+    def _intercepted(self, seen: SeenQuery, cursor: Cursor, result: _Result) -> Any:
+        """What plugins make of a query, and what each text depends on that they run."""
+        versions = self._engine.versions
+        # Of one that runs nothing: it is asked again when anything is defined anew.
+        result.tokens.append(versions.token(versions.epoch, ()))
+
+        def run(asked: SeenQuery) -> Result | None:
+            with cursor.explained():
+                result.tokens.append(self._depends_on(cursor, asked.sql))
+                return cursor.run(asked.sql, asked.params)
+
+        self._plugins.prepare(cursor, seen)
+        return self._plugins.ask_with(run, seen)
+
+    def _depends_on(self, cursor: Cursor, sql: str) -> Token:
+        """What tells whether the result of ``sql`` on ``cursor`` has changed.
+
+        Taken before it runs. Raises ``BadRequest`` when nobody can tell.
+        """
+        engine = self._engine
+        statements = cursor.examine(sql)
+        if statements.kinds is None:
+            # Raises what DuckDB says about a text that it cannot parse.
+            cursor.native.extract_statements(sql)
+        if not statements.is_one_select:
+            raise BadRequest("A live query must be one SELECT.")
+        readings = engine.readings
+        find = readings.alone if cursor.is_special else readings.of
+        reading = find(cursor.native, sql)
+        if reading.unwatchable and self._settings.sync and wanted_rooms(sql, None):
+            raise BadRequest("A query of rooms cannot be live; join the room instead.")
+        if reading.unwatchable:
+            if not statements.effects and not statements.parameters:
+                cursor.bind(sql)
+            raise BadRequest(f"This query cannot be live: {reading.unwatchable}.")
+        return engine.versions.token(reading.epoch, reading.tables)
+
     def _ran(self, key: _Key, query: _Query, result: _Result, error: BaseException | None) -> None:
         query.job = query.cursor = None
         if query.deadline is not None:
@@ -276,7 +320,7 @@ class LiveQueries(Feature):
         if error is not None:
             self._end(key, query, as_server_error(error))
             return
-        query.token = result.token
+        query.tokens = result.tokens
         digest = hashlib.blake2b(result.body + json.dumps(result.header).encode()).digest()
         if digest != query.digest:
             query.digest = digest

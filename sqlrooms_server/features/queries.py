@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack
@@ -10,19 +11,24 @@ from typing import IO, Any
 from sqlrooms_server.access.roles import ADMIN, Role
 from sqlrooms_server.db.cursor import Cursor, Result
 from sqlrooms_server.db.engine import Engine
+from sqlrooms_server.db.policy import UNRESTRICTED
 from sqlrooms_server.db.results import BROKEN_ARROW, Chunk, arrow_chunks, json_chunks
 from sqlrooms_server.db.room_macros import provide, wanted_rooms
 from sqlrooms_server.errors import ServerError, TooLarge
 from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.cached import CachedQueries
 from sqlrooms_server.features.chunked import ChunkedRequest
+from sqlrooms_server.features.interception import Interception
 from sqlrooms_server.features.limits import Bounds, bound_rows, bounds_of, deadline, truncation
 from sqlrooms_server.features.requests import Request, Requests
+from sqlrooms_server.features.resumable import ResumableRequest
+from sqlrooms_server.features.resuming import Resuming
 from sqlrooms_server.features.room_queries import RoomReader
 from sqlrooms_server.features.sessions import Sessions
 from sqlrooms_server.jobs import Pause, Work
 from sqlrooms_server.messages import Query
 from sqlrooms_server.peer import Peer
+from sqlrooms_server.plugin import Query as SeenQuery
 from sqlrooms_server.protocol import arrow_prefix, encode_ok, json_prefix, json_suffix
 from sqlrooms_server.settings import Settings
 
@@ -43,14 +49,18 @@ class Queries(Feature):
         sessions: Sessions,
         cached: CachedQueries,
         settings: Settings,
+        plugins: Interception,
         rooms: RoomReader | None = None,
+        resuming: Resuming | None = None,
     ) -> None:
         self._engine = engine
+        self._resuming = resuming
         self._rooms = rooms
         self._cached = cached
         self._requests = requests
         self._sessions = sessions
         self._settings = settings
+        self._plugins = plugins
         # Most clients have one role.
         self._last_bounds = ADMIN, bounds_of(ADMIN, engine, settings)
 
@@ -63,15 +73,23 @@ class Queries(Feature):
         # Those of now: whoever is disconnected has no role any more, but may have begun what
         # others wait for.
         bounds = self._bounds_of(peer.role)
-        if persist and self._cached.answer(peer, query, bounds):
+        if query.is_trusted:
+            bounds = dataclasses.replace(bounds, policy=self._engine.bounded(UNRESTRICTED))
+        seen = self._plugins.seen(peer, query) if self._plugins.is_wanted else None
+        if persist and self._cached.answer(peer, query, bounds, seen):
             return
         request = self._request(peer, query)
+        if seen is not None:
+            self._plugins.follow(request, seen)
         if query.options.session is not None:
-            submitted = self._submit_in_session(request, query, query.options.session, bounds)
+            name = query.options.session
+            submitted = self._submit_in_session(request, query, name, bounds, seen)
         else:
-            work = self._work(request, query, bounds, lambda: self._engine.cursor(bounds.policy))
+            work = self._work(
+                request, query, bounds, lambda: self._engine.cursor(bounds.policy), seen
+            )
             if persist:
-                work = self._cached.work(request, query, bounds, work)
+                work = self._cached.work(request, query, bounds, work, seen)
             submitted = self._requests.submit(request, work)
         if not submitted:
             return
@@ -91,18 +109,27 @@ class Queries(Feature):
     def _request(self, peer: Peer, query: Query) -> Request:
         size = query.options.size or len(query.sql)
         if query.options.stream:
-            return ChunkedRequest(
-                self._requests,
-                peer,
-                query.query_id,
-                size=size,
-                window=query.options.window,
-                idle_timeout=self._settings.stream_idle_timeout,
-            )
+            options: dict[str, Any] = {
+                "size": size,
+                "window": query.options.window,
+                "idle_timeout": self._settings.stream_idle_timeout,
+            }
+            if query.options.resumable and self._resuming is not None:
+                return ResumableRequest(
+                    self._requests, self._resuming, peer, query.query_id, **options
+                )
+            return ChunkedRequest(self._requests, peer, query.query_id, **options)
         broken_end = BROKEN_ARROW if "arrow" in query.formats else b""
         return Request(self._requests, peer, query.query_id, size=size, broken_end=broken_end)
 
-    def _submit_in_session(self, request: Request, query: Query, name: str, bounds: Bounds) -> bool:
+    def _submit_in_session(
+        self,
+        request: Request,
+        query: Query,
+        name: str,
+        bounds: Bounds,
+        seen: SeenQuery | None,
+    ) -> bool:
         peer = request.peer
         try:
             session = self._sessions.use(peer, name)
@@ -110,11 +137,16 @@ class Queries(Feature):
             request.refuse(error)
             return False
         request.on_answered = lambda: self._sessions.used(peer, name, session)
-        work = self._work(request, query, bounds, lambda: session.cursor(bounds.policy))
+        work = self._work(request, query, bounds, lambda: session.cursor(bounds.policy), seen)
         return self._requests.submit(request, work, session.lane)
 
     def _work(
-        self, request: Request, query: Query, bounds: Bounds, open_cursor: Callable[[], Cursor]
+        self,
+        request: Request,
+        query: Query,
+        bounds: Bounds,
+        open_cursor: Callable[[], Cursor],
+        seen: SeenQuery | None,
     ) -> Work:
         wanted = None
         if self._rooms is not None:
@@ -124,6 +156,8 @@ class Queries(Feature):
                 tables = yield from self._rooms.read(request, wanted)
         with open_cursor() as cursor:
             request.cursor = cursor
+            if seen is not None and self._plugins.takes_part:
+                self._plugins.prepare(cursor, seen)
             if wanted is not None:
                 is_fresh = query.options.session is None
                 provide(
@@ -135,31 +169,46 @@ class Queries(Feature):
                 )
             if query.options.progress:
                 cursor.show_progress()
-            result = cursor.run(query.sql, query.options.params, query.formats)
-            if result is None:
-                request.reply(encode_ok(query.query_id))
-                return
-            if query.kind == "exec":
-                for _ in result.reader:
-                    # A change is made by now; a cancel must not hide that.
-                    if not result.statements.end_in_change:
-                        yield Pause.TURN
-                request.reply(encode_ok(query.query_id))
-                return
-            limit = bound_rows(result, query.options, bounds)
-            first = result.first_batch()
-            if first is None and result.tells_nothing and not result.truncated:
-                request.reply(encode_ok(query.query_id))
-                return
-            chunks = yield from self._chunks(request, query, result, first, limit)
-            chunk = next(chunks)
-            for following in chunks:
-                yield Pause.FULL if request.put(chunk) else Pause.TURN
-                chunk = following
-            # No pause after the last one: a reply that is complete can no longer fail.
-            request.put(chunk)
-            if isinstance(request, ChunkedRequest):
-                request.summary = {"rows": result.rows, **truncation(result, limit)}
+            if seen is None or not self._plugins.takes_part:
+                result = cursor.run(query.sql, query.options.params, query.formats)
+            else:
+                result = self._plugins.ask(cursor, seen, query.formats)
+                if result is not None and not isinstance(result, Result):
+                    with self._plugins.opened(request, result, query.formats) as result:
+                        yield from self._answer(request, query, result, bounds)
+                    return
+            yield from self._answer(request, query, result, bounds)
+
+    def _answer(
+        self, request: Request, query: Query, result: Result | None, bounds: Bounds
+    ) -> Work:
+        if result is None:
+            request.reply(encode_ok(query.query_id))
+            return
+        if query.kind == "exec":
+            for _ in result.batches:
+                # A change is made by now; a cancel must not hide that.
+                if not result.statements.end_in_change:
+                    yield Pause.TURN
+            request.reply(encode_ok(query.query_id))
+            return
+        counts = self._plugins.counts
+        limit = bound_rows(result, query.options, bounds, count=counts)
+        first = result.first_batch()
+        if first is None and result.tells_nothing and not result.truncated:
+            request.reply(encode_ok(query.query_id))
+            return
+        chunks = yield from self._chunks(request, query, result, first, limit)
+        chunk = next(chunks)
+        for following in chunks:
+            yield Pause.FULL if request.put(chunk) else Pause.TURN
+            chunk = following
+        if counts:
+            request.rows = result.rows
+        # No pause after the last one: a reply that is complete can no longer fail.
+        request.put(chunk)
+        if isinstance(request, ChunkedRequest):
+            request.summary = {"rows": result.rows, **truncation(result, limit)}
 
     def _chunks(
         self,

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.errors import (
@@ -25,7 +25,7 @@ from sqlrooms_server.jobs import Job, Lane, Scheduler, State, Work
 from sqlrooms_server.messages import Cancel
 from sqlrooms_server.outbox import Outbox
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.protocol import encode
+from sqlrooms_server.protocol import encode, encode_reply
 from sqlrooms_server.timers import Timer, Timers
 from sqlrooms_server.transport.connection import Chunk
 
@@ -92,6 +92,11 @@ class Request:
         self.is_text = True
         self.answered = False
         self.on_answered: Callable[[], None] | None = None
+        # The same, for whoever only looks on.
+        self.on_told: Callable[[], None] | None = None
+        # What the client was told, if not its result; and the rows of that, where somebody counts.
+        self.error: ServerError | None = None
+        self.rows: int | None = None
         self.job: Job | None = None
         # The run that answers it together with others.
         self.shared_run: SharedRun | None = None
@@ -114,10 +119,15 @@ class Request:
             self._requests.post(self._start_stream)
         return self._outbox.put(chunk)
 
-    def reply(self, message: bytes) -> None:
-        """Set the whole reply, a text message."""
+    def reply(self, message: bytes, *, is_text: bool = True) -> None:
+        """Set the whole reply, one message."""
         self._reply = message
-        self.is_text = True
+        self.is_text = is_text
+
+    @property
+    def reply_size(self) -> int:
+        """The bytes of the reply so far."""
+        return len(self._reply) if self._outbox is None else self._outbox.put_bytes
 
     def interrupt(self) -> None:
         """Cut short what the worker does. From any thread."""
@@ -135,6 +145,13 @@ class Request:
         # The work is done, but a client that reads slowly has not got all of it.
         self.fail(reason)
         return True
+
+    def taken_up(self) -> None:
+        """It waits for a worker now, or has one. Called for results in chunks."""
+
+    def left(self) -> None:
+        """Its client is gone."""
+        self.stop(Cancelled("The connection was closed."))
 
     def done(self, error: BaseException | None) -> None:
         """The job ended. From any thread."""
@@ -161,7 +178,8 @@ class Request:
         text = str(error)
         if self.cursor is not None and not isinstance(error, QueryError):
             text += self.cursor.aftermath
-        self.peer.send_error(type(error)(text, self.query_id))
+        self.error = type(error)(text, self.query_id)
+        self.peer.send_error(self.error)
         self._answered()
 
     def limit(self, seconds: float, name: str) -> None:
@@ -190,21 +208,19 @@ class Request:
         now = time.monotonic()
         queued = job.began is None
         message = {
-            "type": "progress",
-            "queryId": self.query_id,
             "state": "queued" if queued else "running",
             "percent": None if queued or cursor is None else cursor.progress(),
             "position": job.position() if queued else None,
             "queuedMs": round(1000 * ((job.began or now) - job.submitted)),
             "runningMs": round(1000 * (now - job.began)) if job.began else 0,
         }
-        self._requests.post(self._send_progress, encode(message))
+        self._requests.post(self._send_progress, message)
 
-    def _send_progress(self, message: bytes) -> None:
+    def _send_progress(self, message: dict[str, Any]) -> None:
         if self.answered or self._begins_no_more_messages:
             return
         if not self.peer.is_behind:
-            self.peer.send(message)
+            self.peer.send(encode_reply("progress", self.query_id, **message))
         self.tell_progress()
 
     @property
@@ -249,6 +265,10 @@ class Request:
         self._requests.forget(self)
         if self.on_answered is not None:
             self.on_answered()
+        if self.on_told is not None:
+            # Which refers to this request, and would keep it until a collection.
+            on_told, self.on_told = self.on_told, None
+            on_told()
 
 
 class Requests(Feature):
@@ -298,14 +318,14 @@ class Requests(Feature):
         except ServerError as error:
             request.fail(error)
             return False
+        if request.is_chunked:
+            request.taken_up()
         return True
 
     def register(self, request: Request) -> bool:
         """Take up ``request``; False when it was answered with why not."""
-        client = self._clients.get(request.peer)
-        if client is None:
-            client = self._clients[request.peer] = _Client()
-        refusal = self._refusal(client, request)
+        client = self._client_of(request.peer)
+        refusal = self._refusal(client, request.query_id, request.size)
         if refusal is not None:
             request.refuse(refusal)
             return False
@@ -313,8 +333,27 @@ class Requests(Feature):
         client.held += request.size
         return True
 
-    def _refusal(self, client: _Client, request: Request) -> ServerError | None:
-        query_id = request.query_id
+    def move(self, request: Request, peer: Peer, query_id: QueryId) -> None:
+        """Let ``request`` be one of ``peer`` from here on, whoever's it was.
+
+        Raises ``Conflict`` or ``Busy``, and then it stays where it is.
+        """
+        client = self._client_of(peer)
+        refusal = self._refusal(client, query_id, request.size)
+        if refusal is not None:
+            raise refusal
+        self.forget(request)
+        request.peer, request.query_id = peer, query_id
+        client.requests[query_id] = request
+        client.held += request.size
+
+    def _client_of(self, peer: Peer) -> _Client:
+        client = self._clients.get(peer)
+        if client is None:
+            client = self._clients[peer] = _Client()
+        return client
+
+    def _refusal(self, client: _Client, query_id: QueryId, size: int) -> ServerError | None:
         if query_id in client.requests:
             return Conflict(f"queryId {query_id!r} is in use by a query in flight.", query_id)
         if len(client.requests) >= self._max_in_flight:
@@ -323,7 +362,7 @@ class Requests(Feature):
                 "limit (--max-in-flight).",
                 query_id,
             )
-        if client.requests and client.held + request.size > self._max_held:
+        if client.requests and client.held + size > self._max_held:
             return Busy(
                 f"The unanswered requests of this connection hold {client.held} bytes; with this "
                 f"one they would pass {self._max_held}, twice --max-message-size.",
@@ -358,7 +397,7 @@ class Requests(Feature):
             return
         # The newest first: ending one that runs would let a worker start one that waits.
         for request in reversed(list(client.requests.values())):
-            request.stop(Cancelled("The connection was closed."))
+            request.left()
 
     def abandon(self, reason: ServerError) -> None:
         """Answer everything that is left with ``reason``, whether it ended or not."""

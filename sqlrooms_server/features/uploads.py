@@ -170,6 +170,10 @@ class Uploads(Feature):
         self._lanes.pop(peer, None)
         self._ended.pop(peer, None)
 
+    def refused(self, peer: Peer, chunk: UploadChunk) -> None:
+        """An upload was refused before its first chunk came here; the others are to be ignored."""
+        self._remember_ended(peer, chunk.query_id)
+
     def _upload(self, peer: Peer, upload: Upload) -> None:
         request = Request(self._requests, peer, upload.query_id, size=len(upload.body))
         policy = self._engine.bounded(peer.role.sql)

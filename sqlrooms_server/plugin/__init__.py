@@ -11,6 +11,8 @@ from typing import Any, ClassVar, TypeVar
 
 from sqlrooms_server.plugin.client import Client
 from sqlrooms_server.plugin.hooks import HOOKS, Hooks
+from sqlrooms_server.plugin.objects import ObjectConnection, ObjectStream, ObjectType, as_type
+from sqlrooms_server.plugin.streams import Stream, check_handler, stream_of
 from sqlrooms_server.plugin.values import Action, Credentials, Outcome, Query, Response
 
 __all__ = [
@@ -18,13 +20,18 @@ __all__ = [
     "Action",
     "Client",
     "Credentials",
+    "ObjectConnection",
+    "ObjectStream",
+    "ObjectType",
     "Outcome",
     "Plugin",
     "Query",
     "Response",
     "Route",
+    "Stream",
     "on",
     "route",
+    "stream",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -36,8 +43,10 @@ _MARK = "_sqlrooms_marks"
 class Route:
     """What answers an HTTP request.
 
-    A ``path`` that ends in ``/`` stands for everything below it. Unless it ``is_public``, the
-    request must come from an origin and a host that may connect, with a token if one is needed.
+    A ``path`` that ends in ``/`` stands for everything below it; of several, the longest answers,
+    and one that ``is_fallback`` only where there is no other. GET answers HEAD, too. Unless it
+    ``is_public``, the request must come from an origin and a host that may connect, with a token if
+    one is needed. With ``streams_body``, it takes the body as it comes, however long it is.
 
     ``answer`` of a plugin on the loop is called with the request, the exchange, and who sent it,
     None for a stranger. That of others is called with an :class:`plugins.http.HttpCall`, and
@@ -48,6 +57,8 @@ class Route:
     path: str
     answer: Callable[..., Any]
     is_public: bool = False
+    streams_body: bool = False
+    is_fallback: bool = False
 
 
 class Plugin(Hooks):
@@ -61,9 +72,10 @@ class Plugin(Hooks):
 
     # Whether everything is called on the thread of the sockets instead, and never blocks it.
     on_loop: ClassVar[bool] = False
-    # Whether what ``prepare_cursor`` and ``around_query`` do is the same for everybody who may run
-    # the same SQL. Otherwise results are neither cached nor shared while this plugin has one.
-    shares_results: bool = False
+    # Whether ``prepare_cursor`` and ``around_query`` leave results as they are, as what takes times
+    # or tries again does. While another plugin has one of them, results are neither kept nor
+    # shared, since they may depend on who asks.
+    is_transparent: bool = False
 
     name: str = ""
     server: Any = None
@@ -84,17 +96,34 @@ class Plugin(Hooks):
         """The HTTP requests that it answers."""
         found = {**_marked(self, "route"), **self._registered("route")}
         return [
-            Route(method, path, answer, is_public)
-            for (method, path, is_public), answer in found.items()
+            Route(method, path, answer, is_public, streams_body)
+            for (method, path, is_public, streams_body), answer in found.items()
         ]
+
+    @property
+    def streams(self) -> Mapping[Stream, Callable[..., Any]]:
+        """What handles its streams of batches. Raises ``ValueError``."""
+        found = {**_marked(self, "stream"), **self._registered("stream")}
+        for stream, handler in found.items():
+            check_handler(stream, handler)
+        return found
 
     def on(self, kind: str) -> Callable[[_F], _F]:
         """Decorate what answers messages of the type ``kind``; see :class:`plugins.calls.Call`."""
         return self._registering("on", kind)
 
-    def route(self, method: str, path: str, *, is_public: bool = False) -> Callable[[_F], _F]:
+    def route(
+        self, method: str, path: str, *, is_public: bool = False, streams_body: bool = False
+    ) -> Callable[[_F], _F]:
         """Decorate what answers HTTP requests; see :class:`Route`."""
-        return self._registering("route", (method.upper(), path, is_public))
+        return self._registering("route", (method.upper(), path, is_public, streams_body))
+
+    def stream(
+        self, kind: str, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+    ) -> Callable[[_F], _F]:
+        """Decorate what handles streams of the type ``kind``: a class, whose objects each handle
+        one, or an async function. See :class:`plugins.stream_calls.StreamCall`."""
+        return self._registering("stream", stream_of(kind, inputs, outputs))
 
     def hook(self, function: _F) -> _F:
         """Decorate a function that has the name of a hook, see :mod:`plugin.hooks`, or of a phase
@@ -106,6 +135,16 @@ class Plugin(Hooks):
         setattr(self, name, function)
         return function
 
+    # Objects that clients use.
+
+    # Types that the plugin brings, see :class:`ObjectType`: made ones, or classes.
+    object_types: Sequence[Any] = ()
+
+    def object_type(self, given: _F) -> _F:
+        """Decorate a class of :class:`ObjectType`, or register one that is made."""
+        self.object_types = [*self.object_types, as_type(given)]
+        return given
+
     # The phases of its life, in this order.
 
     def starting(self) -> Any:
@@ -113,6 +152,9 @@ class Plugin(Hooks):
 
     def started(self) -> Any:
         """The database is open, and no message has been handled yet."""
+
+    def reload(self) -> Any:
+        """The server was told to read its files again (SIGHUP)."""
 
     def stopping(self) -> Any:
         """Nobody can connect any more; what is under way ends now. The database is still open."""
@@ -144,7 +186,7 @@ class Plugin(Hooks):
         return register
 
 
-_EVENTS = ("starting", "started", "stopping", "stopped", "opened", "closed")
+_EVENTS = ("starting", "started", "reload", "stopping", "stopped", "opened", "closed")
 
 
 def on(kind: str) -> Callable[[_F], _F]:
@@ -152,9 +194,18 @@ def on(kind: str) -> Callable[[_F], _F]:
     return _marking("on", kind)
 
 
-def route(method: str, path: str, *, is_public: bool = False) -> Callable[[_F], _F]:
+def route(
+    method: str, path: str, *, is_public: bool = False, streams_body: bool = False
+) -> Callable[[_F], _F]:
     """Decorate a method of a plugin as :meth:`Plugin.route` does a function."""
-    return _marking("route", (method.upper(), path, is_public))
+    return _marking("route", (method.upper(), path, is_public, streams_body))
+
+
+def stream(
+    kind: str, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+) -> Callable[[_F], _F]:
+    """Decorate a class in a plugin, or a method of it, as :meth:`Plugin.stream` does others."""
+    return _marking("stream", stream_of(kind, inputs, outputs))
 
 
 def _marking(what: str, key: Any) -> Callable[[_F], _F]:

@@ -7,6 +7,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sqlrooms_server.db.cursor import Cursor, Result
+from sqlrooms_server.db.engine import Engine
+from sqlrooms_server.db.statements import Classifier
+from sqlrooms_server.db.values import is_table
 from sqlrooms_server.errors import InternalError, ServerError, StartupError
 from sqlrooms_server.plugin import Plugin
 from sqlrooms_server.plugin.client import Client
@@ -22,7 +26,11 @@ Hook = tuple[Plugin, Callable[..., Any]]
 
 
 class Chain:
-    """For each hook, the plugins that have it, in their order. Raises ``StartupError``."""
+    """For each hook, the plugins that have it, in their order. Raises ``StartupError``.
+
+    ``takes_part``: whether there is one that queries go through. ``is_personal``: whether what a
+    query returns may depend on who asks, so that it is neither kept nor shared.
+    """
 
     def __init__(self, plugins: Sequence[Plugin] = ()) -> None:
         hooks = {name: tuple(_of(plugins, name)) for name in HOOKS}
@@ -38,12 +46,25 @@ class Chain:
                         f"{name} of plugin {plugin.name!r} must be a plain function; only "
                         f"{' and '.join(_MAY_BE_ASYNC)} may be async."
                     )
-        personal = (*self.prepare_cursor, *self.around_query)
-        # Whether what a query returns may depend on who asks.
-        self.is_personal = any(not plugin.shares_results for plugin, _ in personal)
+        taking_part = (*self.prepare_cursor, *self.around_query)
+        self.takes_part = bool(taking_part)
+        self.is_personal = any(not plugin.is_transparent for plugin, _ in taking_part)
+        # Of cursors that these plugins prepare.
+        self._classifier: Classifier | None = None
+        self._interceptors = tuple(reversed(self.around_query))
 
-    def prepare(self, native: Any, client: Client) -> None:
-        """Let plugins set up ``native``, the cursor of a query of ``client``."""
+    def prepare(self, cursor: Cursor, client: Client) -> None:
+        """Let plugins set up ``cursor``, for a query of ``client``."""
+        if self.prepare_cursor:
+            cursor.prepare(lambda native: self._prepare(native, client), self._classifier_of)
+
+    def _classifier_of(self, engine: Engine) -> Classifier:
+        # Apps that share an engine have plugins of their own.
+        if self._classifier is None:
+            self._classifier = engine.new_classifier()
+        return self._classifier
+
+    def _prepare(self, native: Any, client: Client) -> None:
         for plugin, hook in self.prepare_cursor:
             try:
                 hook(native, client)
@@ -51,8 +72,9 @@ class Chain:
                 raise failure(plugin, "prepare_cursor", error) from error
 
     def run(self, query: Query, run: Run) -> Any:
-        """What the first interceptor makes of ``query``, the last of which asks ``run``."""
-        for plugin, hook in reversed(self.around_query):
+        """What the first interceptor makes of ``query``, the last of which asks ``run``: a result
+        that can be read, a table, or None."""
+        for plugin, hook in self._interceptors:
             run = _around(plugin, hook, run)
         return run(query)
 
@@ -60,11 +82,23 @@ class Chain:
 def _around(plugin: Plugin, hook: Callable[[Query, Run], Any], run: Run) -> Run:
     def call(query: Query) -> Any:
         try:
-            return hook(query, run)
+            value = hook(query, run)
         except Exception as error:  # guard: a plugin must fail alone
             raise failure(plugin, "around_query", error) from error
+        if isinstance(value, Result):
+            if value.is_lost:
+                _refuse(plugin, "a result that ended when it ran something else; keep its table()")
+        elif value is not None and not is_table(value):
+            _refuse(plugin, f"a {type(value).__name__}, which is neither a result nor a table")
+        return value
 
     return call
+
+
+def _refuse(plugin: Plugin, what: str) -> None:
+    text = f"around_query of plugin {plugin.name!r} returned {what}."
+    log.error("%s", text)
+    raise InternalError(text)
 
 
 def failure(plugin: Plugin, what: str, error: BaseException) -> ServerError:

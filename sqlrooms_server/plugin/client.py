@@ -45,7 +45,9 @@ class Client:
 
     @property
     def remote_address(self) -> str:
-        return self._peer.remote_address
+        request = self._peer.request
+        # Somebody who sent a request over HTTP is not connected.
+        return self._peer.remote_address or ("" if request is None else request.remote_address)
 
     @property
     def connected_at(self) -> datetime:

@@ -5,8 +5,8 @@ several plugins are called in the order in which the plugins were given. What th
 request that they were called for, and nothing else: a :class:`ServerError` is what the client is
 told, anything else is ``internal`` with the name of the plugin, and in the log.
 
-``authenticate`` and ``authorize`` may be ``async def``. Others run on the worker of the query,
-which waits for them.
+``authenticate`` and ``authorize`` may be ``async def``, and have ``--plugin-timeout`` seconds.
+``prepare_cursor`` and ``around_query`` run on the worker of the query, which waits for them.
 """
 
 from __future__ import annotations
@@ -27,24 +27,28 @@ class Hooks:
     def authenticate(self, credentials: Credentials) -> Identity | None:
         """Who presents ``credentials``; None when this plugin does not know.
 
-        Asked for each WebSocket, each ``auth`` message and each HTTP request that carries nothing
-        the server itself knows, until a plugin answers; then everybody needs to be known by
-        somebody. Raise :class:`Unauthorized` to refuse without asking the others.
+        With a plugin that has it, everybody needs to be known. Plugins are asked about each
+        WebSocket, each ``auth`` message and each HTTP request that carries nothing the server
+        itself knows, until one of them knows it. Raise :class:`Unauthorized` to refuse without
+        asking the others. Nobody is asked about requests for public routes.
         """
         return None
 
     def authorize(self, client: Client, action: Action) -> None:
         """Raise :class:`Forbidden` when ``client`` may not do ``action``.
 
-        Asked before each request is carried out, beyond what its role says. Messages of a client
-        wait for the answers to those before them.
+        Asked before each message and each HTTP request is carried out, in addition to what the role
+        says. Messages of a client wait for the answers to those before them. Nobody is asked about
+        ``auth``, ``hello``, ``ack``, ``cancel``, chunks of an upload after the first, updates and
+        presence in a room whose join was allowed, and public routes.
         """
 
     def prepare_cursor(self, cursor: Any, client: Client) -> None:
         """Set up ``cursor``, the ``duckdb.DuckDBPyConnection`` of one query, before that runs.
 
-        Such as variables, ``USE``, or tables of Arrow data. The cursor of a session is set up when
-        the session begins. What is changed in the database here is not announced to anybody.
+        Such as variables, ``USE``, temporary tables and views. The cursor of a session is set up
+        when the session begins; that of ``call.query`` of a plugin is, too. What is changed in the
+        database here is not announced to anybody, and no transaction may be left open.
         """
 
     def around_query(self, query: Query, run: Run) -> Any:
@@ -52,14 +56,20 @@ class Hooks:
 
         An interceptor: it may ask with another text (``query.replace(sql=…)``), try again, measure,
         or answer from elsewhere. Each is called once for each call of ``run`` by the one before it,
-        so exactly once when nobody tries again. ``run`` returns a :class:`Result`, whose rows have
-        not been read yet, or None when there is nothing to tell; an Arrow or pandas table may be
-        returned in its place. What it runs is checked by the rules for the client, as always.
+        so exactly once when nobody tries again. ``run`` returns a result, whose rows have not been
+        read yet (``result.table()`` reads them all), or None when there is nothing to tell. Such a
+        result, None, or a table of Arrow, pandas or polars may be returned. ``run`` raises
+        :class:`QueryError`, :class:`Conflict` and others; what it runs is checked by the rules for
+        the client, as always.
         """
         return run(query)
 
     def query_done(self, query: Query, outcome: Outcome) -> None:
-        """``query`` has been answered, and will not be again. On a thread of its own, in order."""
+        """``query`` has been answered, and will not be again; a live one has ended.
+
+        Called once for each that came, also for those that were refused. On a thread of its own, in
+        order.
+        """
 
 
 HOOKS = ("authenticate", "authorize", "prepare_cursor", "around_query", "query_done")

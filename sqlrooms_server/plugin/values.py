@@ -31,8 +31,9 @@ class Action:
 
     ``kind`` is the type of its message (``arrow``, ``json``, ``exec``, ``live``, ``uploadArrow``,
     ``subscribe``, ``notify``, ``crdt-join``, that of a plugin, …), or ``http``. ``resource`` is
-    what it is about: the SQL, the name of the table, channel or room; of HTTP, ``GET /path``.
-    ``message`` is the decoded message, of :mod:`sqlrooms_server.messages`, if there is one.
+    what it is about: the SQL, the name of the table, channel, room or object; of HTTP,
+    ``GET /path``. ``message`` is the decoded message, of :mod:`sqlrooms_server.messages`, if there
+    is one.
     """
 
     kind: str
@@ -77,12 +78,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """The answer to an HTTP request. ``body`` may be a text, bytes, or a JSON value.
+    """The answer to an HTTP request. ``body`` may be a text, bytes, a JSON value, or an iterator of
+    bytes, plain or asynchronous, which is asked for more as the client reads.
 
-    Without a ``content_type`` it is that of the body.
+    Without a ``content_type`` it is that of the body. ``length`` is that of all that an iterator
+    gives, if it is known; the client then notices when less comes.
     """
 
     body: Any = b""
     status: int = 200
     content_type: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
+    length: int | None = None

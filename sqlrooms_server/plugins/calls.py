@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlrooms_server.db import values
-from sqlrooms_server.db.cursor import Cursor
+from sqlrooms_server.db.cursor import Cursor, Result
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.policy import Policy
 from sqlrooms_server.db.results import BROKEN_ARROW, arrow_chunks
 from sqlrooms_server.errors import BadRequest, Cancelled, QueryId, ServerError
 from sqlrooms_server.features.chunked import ChunkedRequest
 from sqlrooms_server.features.requests import Request, Requests
+from sqlrooms_server.features.resumable import ResumableRequest
+from sqlrooms_server.features.resuming import Resuming
 from sqlrooms_server.jobs import Lane, Pause, Work
 from sqlrooms_server.messages import Params, PluginMessage
 from sqlrooms_server.peer import Peer
@@ -38,7 +40,13 @@ class Call:
     """
 
     def __init__(
-        self, message: PluginMessage, client: Client, engine: Engine, policy: Policy, runner: Runner
+        self,
+        message: PluginMessage,
+        client: Client,
+        engine: Engine,
+        policy: Policy,
+        runner: Runner,
+        prepare: Callable[[Cursor, Client], None],
     ) -> None:
         self.kind = message.kind
         self.query_id: QueryId = message.query_id
@@ -48,6 +56,7 @@ class Call:
         self._engine = engine
         self._policy = policy
         self._runner = runner
+        self._prepare = prepare
         self._lock = threading.Lock()
         self._cursors: set[Cursor] = set()
         self._is_cancelled = False
@@ -65,8 +74,9 @@ class Call:
     def query(self, sql: str, params: Params | None = None) -> Any:
         """The result of ``sql`` as a ``pyarrow.Table``, as the client itself may ask it.
 
-        Raises ``QueryError``, ``Forbidden``, or ``Cancelled``. It waits for DuckDB, so a coroutine
-        calls ``await asyncio.to_thread(call.query, …)``.
+        On a cursor that ``prepare_cursor`` has set up, but past ``around_query``: it is no query of
+        the client. Raises ``QueryError``, ``Forbidden``, or ``Cancelled``. It waits for DuckDB, so
+        a coroutine calls ``await asyncio.to_thread(call.query, …)``.
         """
         self._runner.must_not_block("call.query")
         with self._cursor() as cursor:
@@ -87,15 +97,21 @@ class Call:
 
     @contextmanager
     def _cursor(self) -> Iterator[Cursor]:
-        with self._engine.cursor(self._policy) as cursor:
+        with self._engine.cursor(self._policy) as cursor, self.interrupting(cursor):
+            self._prepare(cursor, self.client)
+            yield cursor
+
+    @contextmanager
+    def interrupting(self, cursor: Cursor) -> Iterator[None]:
+        """While the block runs, :meth:`cancel` interrupts ``cursor``."""
+        with self._lock:
+            self._cursors.add(cursor)
+        try:
+            self.check()
+            yield
+        finally:
             with self._lock:
-                self._cursors.add(cursor)
-            try:
-                self.check()
-                yield cursor
-            finally:
-                with self._lock:
-                    self._cursors.discard(cursor)
+                self._cursors.discard(cursor)
 
 
 class PromptRequest(Request):
@@ -120,16 +136,28 @@ class _ChunkedCall(PromptRequest, ChunkedRequest):
     """The same with an answer in chunks."""
 
 
+class _ResumableCall(PromptRequest, ResumableRequest):
+    """The same with one that outlives its connection."""
+
+
 class Calls:
     """Hands messages to functions of plugins, and sends what they return. For the loop thread."""
 
     def __init__(
-        self, engine: Engine, requests: Requests, runner: Runner, settings: Settings
+        self,
+        engine: Engine,
+        requests: Requests,
+        runner: Runner,
+        settings: Settings,
+        prepare: Callable[[Cursor, Client], None],
+        resuming: Resuming | None = None,
     ) -> None:
         self._engine = engine
+        self._resuming = resuming
         self._requests = requests
         self._runner = runner
         self._settings = settings
+        self._prepare = prepare
         self._lanes: dict[Peer, tuple[Lane, Lane]] = {}
 
     def closed(self, peer: Peer) -> None:
@@ -141,7 +169,7 @@ class Calls:
         """Answer ``message`` of ``peer`` with what ``function`` returns."""
         client = Client(peer, self._runner.post)
         policy = self._engine.bounded(peer.role.sql)
-        call = Call(message, client, self._engine, policy, self._runner)
+        call = Call(message, client, self._engine, policy, self._runner, self._prepare)
         request = self.request(peer, message)
         request.on_stop = call.cancel
         lanes = self._lanes.setdefault(peer, (Lane(_MAX_FUNCTIONS), Lane(_MAX_COROUTINES)))
@@ -153,15 +181,21 @@ class Calls:
     def request(self, peer: Peer, message: PluginMessage) -> PromptRequest:
         """What answers ``message``."""
         options = message.options
+        for name, value in (("window", options.window), ("resumable", options.resumable)):
+            if value and not options.stream:
+                text = f"{name} is for chunked results; add stream: true."
+                raise BadRequest(text, message.query_id)
         if options.stream:
-            return _ChunkedCall(
-                self._requests,
-                peer,
-                message.query_id,
-                size=message.size,
-                window=options.window,
-                idle_timeout=self._settings.stream_idle_timeout,
-            )
+            chunks: dict[str, Any] = {
+                "size": message.size,
+                "window": options.window,
+                "idle_timeout": self._settings.stream_idle_timeout,
+            }
+            if options.resumable and self._resuming is not None:
+                return _ResumableCall(
+                    self._requests, self._resuming, peer, message.query_id, **chunks
+                )
+            return _ChunkedCall(self._requests, peer, message.query_id, **chunks)
         return PromptRequest(
             self._requests, peer, message.query_id, size=message.size, broken_end=BROKEN_ARROW
         )
@@ -193,29 +227,36 @@ class Calls:
         """Answer ``request`` with what :func:`reply_of` made."""
         if reply.text is not None:
             request.reply(reply.text)
-            return
-        request.is_text = False
-        if reply.binary is not None:
+        elif reply.binary is None:
+            yield from self._table(request, message, reply.table)
+        elif request.is_chunked:
+            # Its chunks are for tables.
+            request.reply(reply.binary, is_text=False)
+        else:
+            request.is_text = False
             request.put(reply.binary)
-            return
-        yield from self._table(request, message, reply.table)
 
     def _table(self, request: Request, message: PluginMessage, value: Any) -> Work:
-        is_chunked = isinstance(request, ChunkedRequest)
         with values.opened(self._engine, value) as result:
-            if is_chunked:
+            if request.is_chunked:
                 result.count_rows()
-            prefix = b"" if is_chunked else arrow_prefix(message.query_id)
-            first = result.first_batch()
-            chunks = arrow_chunks(result, first, prefix, message.options.compression)
-            chunk = next(chunks)
-            for following in chunks:
-                yield Pause.FULL if request.put(chunk) else Pause.TURN
-                chunk = following
-            # No pause after the last one: a reply that is complete can no longer fail.
-            request.put(chunk)
-            if isinstance(request, ChunkedRequest):
-                request.summary = {"rows": result.rows}
+            yield from send_rows(request, message, result)
+
+
+def send_rows(request: Request, message: PluginMessage, result: Result) -> Work:
+    """Answer ``message`` with the rows of ``result``, which are counted if it wants chunks."""
+    request.is_text = False
+    prefix = b"" if request.is_chunked else arrow_prefix(message.query_id)
+    first = result.first_batch()
+    chunks = arrow_chunks(result, first, prefix, message.options.compression)
+    chunk = next(chunks)
+    for following in chunks:
+        yield Pause.FULL if request.put(chunk) else Pause.TURN
+        chunk = following
+    # No pause after the last one: a reply that is complete can no longer fail.
+    request.put(chunk)
+    if isinstance(request, ChunkedRequest):
+        request.summary = {"rows": result.rows}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,18 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.errors import ServerError, StartupError
 from sqlrooms_server.features import Feature, MessageHandler, Route
 from sqlrooms_server.features.requests import Requests
 from sqlrooms_server.jobs import Lane
-from sqlrooms_server.messages import PluginMessage
+from sqlrooms_server.messages import PluginMessage, StreamAck, StreamData
 from sqlrooms_server.peer import Peer
-from sqlrooms_server.plugin import Client, Plugin
+from sqlrooms_server.plugin import Client, Plugin, Stream
 from sqlrooms_server.plugins.calls import Calls
 from sqlrooms_server.plugins.host import Host
 from sqlrooms_server.plugins.http import HttpCalls
 from sqlrooms_server.plugins.runner import Runner
+from sqlrooms_server.plugins.streams import Streams
 from sqlrooms_server.protocol.decode import BINARY_KINDS, TEXT_DECODERS
 from sqlrooms_server.settings import Settings
 
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 
 # For each plugin, when the server stops.
 _STOP_SECONDS = 0.5
+# For each, when it reads its files again; nobody waits for that but the next signal.
+_RELOAD_SECONDS = 60.0
 
 
 @dataclass
@@ -37,20 +41,29 @@ class _Guest:
     lane: Lane = field(default_factory=lambda: Lane(1))
     # Plugins that are being told that it came, and messages that wait for that.
     untold: int = 0
-    waiting: list[PluginMessage] = field(default_factory=list)
+    waiting: list[PluginMessage | StreamData | StreamAck] = field(default_factory=list)
 
 
 class Plugins(Feature):
     """A feature. ``kinds`` are the types of messages that plugins have. Raises ``StartupError``."""
 
-    def __init__(self, plugins: Sequence[Plugin], host: Host, runner: Runner) -> None:
-        self._plugins = plugins
+    def __init__(
+        self,
+        plugins: Sequence[Plugin],
+        host: Host,
+        runner: Runner,
+        prepare: Callable[[Cursor, Client], None],
+    ) -> None:
+        self._plugins = self.all = plugins
         self._host = host
         self._runner = runner
+        self._prepare = prepare
         self._calls: Calls | None = None
+        self._streams: Streams | None = None
         self._is_open = False
         self._guests: dict[Peer, _Guest] = {}
         self._of_kind: dict[str, tuple[Plugin, Callable[..., Any]]] = {}
+        self._stream_of_kind: dict[str, Stream] = {}
         self._routes: list[Route] = []
         self._begun: list[Plugin] = []
         http = HttpCalls(runner)
@@ -58,6 +71,9 @@ class Plugins(Feature):
             plugin.server = host
             for kind, function in plugin.handlers.items():
                 self._add(kind, plugin, function)
+            for stream, handler in _streams_of(plugin).items():
+                self._add(stream.kind, plugin, handler)
+                self._stream_of_kind[stream.kind] = stream
             for route in plugin.routes:
                 self._routes.append(route if plugin.on_loop else http.route(plugin, route))
         self._openers = [plugin for plugin in plugins if _has(plugin, "opened")]
@@ -69,7 +85,11 @@ class Plugins(Feature):
 
     @property
     def handlers(self) -> Mapping[type, MessageHandler]:
-        return {PluginMessage: self._message}
+        return {
+            PluginMessage: self._message,
+            StreamData: self._message,
+            StreamAck: self._message,
+        }
 
     @property
     def routes(self) -> Sequence[Route]:
@@ -99,7 +119,18 @@ class Plugins(Feature):
         self._host.start(engine)
         for plugin in self._plugins:
             self._phase(plugin, "started")
-        self._calls = Calls(engine, requests, self._runner, settings)
+        self._calls = Calls(
+            *(engine, requests, self._runner, settings, self._prepare, self._host.resuming)
+        )
+        self._streams = Streams(engine, requests, self._runner, settings, self._prepare)
+
+    def reload(self) -> None:
+        """Tell those that have begun to read their files again."""
+        for plugin in self._begun:
+            try:
+                self._runner.phase(plugin, "reload", _RELOAD_SECONDS)
+            except Exception:  # guard: the thread that called stops the server, too
+                log.exception("Plugin %r failed on reload.", plugin.name)
 
     def end(self, phase: str) -> None:
         """Tell those that have begun that the server stops, or has stopped: the last one first."""
@@ -142,6 +173,8 @@ class Plugins(Feature):
             self._tell(self._closers, "closed", peer, guest)
         if self._calls is not None:
             self._calls.closed(peer)
+        if self._streams is not None:
+            self._streams.closed(peer)
 
     def _tell(self, plugins: Sequence[Plugin], event: str, peer: Peer, guest: _Guest) -> None:
         client = Client(peer, self._runner.post)
@@ -164,21 +197,40 @@ class Plugins(Feature):
         if not guest.untold:
             waiting, guest.waiting = guest.waiting, []
             for message in waiting:
-                self._message(peer, message)
+                try:
+                    self._message(peer, message)
+                except ServerError as refused:
+                    peer.send_error(refused)
 
-    def _message(self, peer: Peer, message: PluginMessage) -> None:
+    def _message(self, peer: Peer, message: PluginMessage | StreamData | StreamAck) -> None:
         guest = self._guests.get(peer)
         if guest is None:
             return
         if guest.untold:
             guest.waiting.append(message)
             return
+        assert self._calls is not None and self._streams is not None
+        if isinstance(message, StreamData):
+            self._streams.data(peer, message)
+            return
+        if isinstance(message, StreamAck):
+            self._streams.acknowledge(peer, message)
+            return
         plugin, function = self._of_kind[message.kind]
-        if plugin.on_loop:
+        stream = self._stream_of_kind.get(message.kind)
+        if stream is not None:
+            self._streams.begin(plugin, stream, function, peer, message)
+        elif plugin.on_loop:
             function(peer, message)
         else:
-            assert self._calls is not None
             self._calls.begin(plugin, function, peer, message)
+
+
+def _streams_of(plugin: Plugin) -> Mapping[Stream, Callable[..., Any]]:
+    try:
+        return plugin.streams
+    except ValueError as error:
+        raise StartupError(f"Plugin {plugin.name!r}: {error}") from error
 
 
 def _has(plugin: Plugin, event: str) -> bool:

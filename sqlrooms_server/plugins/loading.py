@@ -6,8 +6,8 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Sequence
-from importlib import metadata
+from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,8 +18,14 @@ from sqlrooms_server.plugin import Plugin
 ENTRY_POINTS = "sqlrooms_server.plugins"
 
 
-def load(places: Sequence[str]) -> list[Plugin]:
-    """The plugins at ``places``, in that order. Raises ``StartupError``.
+def load(
+    places: Sequence[str],
+    given: Sequence[Plugin] = (),
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Plugin]:
+    """The plugins at ``places``, in that order, and those ``given``. Raises ``StartupError``.
+
+    ``options`` are what each is told, by its name.
 
     A place is ``module:Name``, the path of a file, ``path.py`` or ``path.py:Name``, or the name of
     an entry point. ``Name`` is a plugin, or a class of one; of a file without it, the only one that
@@ -34,6 +40,17 @@ def load(places: Sequence[str]) -> list[Plugin]:
                 "give one of them another name."
             )
         names[plugin.name] = place
+    plugins += given
+    for name, values in (options or {}).items():
+        told = [plugin for plugin in plugins if plugin.name == name]
+        if not told:
+            known = ", ".join(sorted(plugin.name for plugin in plugins)) or "none"
+            raise StartupError(
+                f"There are options of a plugin {name!r} (plugins.{name}), which is not loaded; "
+                f"loaded are: {known}."
+            )
+        for plugin in told:
+            plugin.options = values
     return plugins
 
 
@@ -56,8 +73,10 @@ def _load(place: str) -> Plugin:
 def _module_of(path: Path, place: str) -> ModuleType:
     if not path.is_file():
         raise StartupError(f"Cannot load the plugin {place}: there is no file {path}.")
-    # Not under its own name, which may be that of another module.
-    name = f"sqlrooms_plugin_{path.stem}_{abs(hash(path.resolve())):x}"
+    # Not under its own name, which may be that of another module; each time it is another one, so
+    # that apps do not share what is in it.
+    own = f"sqlrooms_plugin_{path.stem}_{abs(hash(path.resolve())):x}"
+    name = next(name for n in count() if (name := f"{own}_{n}") not in sys.modules)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -94,6 +113,9 @@ def _found(module: ModuleType, name: str, place: str) -> Any:
 
 
 def _installed(name: str) -> Any:
+    # Not at the top: few ask for it.
+    from importlib import metadata
+
     known = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
     if name not in known:
         installed = ", ".join(sorted(known)) or "none"

@@ -8,15 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlrooms_server.errors import Cancelled, ServerError, Timeout
 from sqlrooms_server.jobs import Job, Lane, Pause, Scheduler, Work
 from sqlrooms_server.plugin import Plugin
 from sqlrooms_server.plugin.chain import failure
-from sqlrooms_server.plugins.aio import AsyncLoop
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.timers import Timer, Timers
+
+if TYPE_CHECKING:
+    from sqlrooms_server.plugins.aio import AsyncLoop
 
 Then = Callable[[Any, "ServerError | None"], None]
 
@@ -29,12 +31,13 @@ class Runner:
 
     def __init__(self, settings: Settings, timers: Timers, post: Callable[..., None]) -> None:
         self.timeout = settings.plugin_timeout
-        self.aio = AsyncLoop()
         self.post = post
         self.timers = timers
         self._workers = settings.plugin_workers or max(8, 4 * (os.cpu_count() or 1))
         self._max_queue = settings.max_queue
         self._scheduler: Scheduler | None = None
+        self._aio: AsyncLoop | None = None
+        self._aio_lock = threading.Lock()
         # Calls of begin() that have not ended.
         self._open = 0
         self._all_ended = threading.Condition()
@@ -47,6 +50,17 @@ class Runner:
                 self._workers, self._max_queue, self.timers, name="plugin-worker"
             )
         return self._scheduler
+
+    @property
+    def aio(self) -> AsyncLoop:
+        """The loop of asyncio."""
+        with self._aio_lock:
+            if self._aio is None:
+                # Not at the top: a server without coroutines starts 20 ms sooner.
+                from sqlrooms_server.plugins.aio import AsyncLoop
+
+                self._aio = AsyncLoop()
+            return self._aio
 
     def work(
         self,
@@ -70,11 +84,12 @@ class Runner:
         except BaseException as error:  # guard: also a SystemExit of a plugin is its own
             raise failure(plugin, what, error) from error
         try:
-            return finish((yield from self._awaited(value, resume)))
+            return finish((yield from self.awaited(value, resume)))
         except (Exception, SystemExit) as error:  # guard: a plugin must fail alone
             raise failure(plugin, what, error) from error
 
-    def _awaited(self, coroutine: Any, resume: Callable[[], None]) -> Generator[Pause, None, Any]:
+    def awaited(self, coroutine: Any, resume: Callable[[], None]) -> Generator[Pause, None, Any]:
+        """What ``coroutine`` returns, for the work of a job which ``resume`` lets go on."""
         future = self.aio.spawn(coroutine)
         future.add_done_callback(lambda _: resume())
         try:
@@ -109,9 +124,14 @@ class Runner:
         )
         return running
 
+    @property
+    def is_in_coroutine(self) -> bool:
+        """Whether the caller is on the loop of asyncio."""
+        return self._aio is not None and self._aio.is_here
+
     def must_not_block(self, what: str) -> None:
         """Raise ``RuntimeError`` on the loop of asyncio, where ``what`` would hold up others."""
-        if self.aio.is_here:
+        if self.is_in_coroutine:
             raise RuntimeError(f"{what} waits; in a coroutine, await asyncio.to_thread({what}, …).")
 
     def phase(self, plugin: Plugin, name: str, seconds: float | None = None) -> None:
@@ -153,7 +173,8 @@ class Runner:
             seconds = max(0.0, deadline - time.monotonic())
             self._all_ended.wait_for(lambda: not self._open, seconds)
         ended = self._scheduler is None or self._scheduler.close(deadline)
-        self.aio.close()
+        if self._aio is not None:
+            self._aio.close()
         return ended
 
 
@@ -201,12 +222,11 @@ class Running:
         )
 
     def _resume(self) -> None:
-        # Posted, since the job may end its first turn before submit() has returned it.
-        self._runner.post(self._resume_job)
-
-    def _resume_job(self) -> None:
         if self._job is not None:
             self._job.resume()
+        else:
+            # The job may end its first turn before submit() has returned it.
+            self._runner.post(self._resume)
 
     def _done(self, error: BaseException | None) -> None:
         self._runner.began(-1)

@@ -21,6 +21,7 @@ from sqlrooms_server.protocol.frames import (
     json_prefix,
     json_suffix,
     with_offset,
+    with_query_id,
 )
 from sqlrooms_server.protocol.names import parse_table_name, table_text
 
@@ -47,4 +48,5 @@ __all__ = [
     "parse_table_name",
     "table_text",
     "with_offset",
+    "with_query_id",
 ]

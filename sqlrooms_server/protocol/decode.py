@@ -63,6 +63,7 @@ from sqlrooms_server.protocol.rooms import (
     decode_snapshot,
     large_snapshot,
 )
+from sqlrooms_server.protocol.streams import decode_stream_ack, decode_stream_data
 
 # A framed header holds a type, an id and a table name.
 MAX_HEADER_LENGTH = 64 << 10
@@ -145,12 +146,13 @@ def _decode_binary(data: bytes, kinds: Collection[str]) -> Message:
     kind = fields.get("type")
     if kind == "crdt-update":
         return decode_room_update(fields, memoryview(data)[4 + length :])
+    if kind == "streamData":
+        return decode_stream_data(fields, memoryview(data)[4 + length :])
     if isinstance(kind, str) and kind in kinds:
         return decode_plugin_message(fields, len(data), memoryview(data)[4 + length :])
     if kind != "uploadArrow":
-        raise bad_request(
-            fields, 'The header of a binary message needs type "uploadArrow" or "crdt-update".'
-        )
+        known = " or ".join(f'"{kind}"' for kind in (*BINARY_KINDS, *sorted(kinds)))
+        raise bad_request(fields, f"The header of a binary message needs type {known}.")
     query_id = query_id_in(fields)
     try:
         body = memoryview(data)[4 + length :]
@@ -234,7 +236,7 @@ def _ack(fields: dict[str, Any], limits: Limits) -> Ack:
     size = whole_number(fields, "bytes", 0, 1 << 62)
     if size is None:
         raise BadRequest("ack needs a field bytes, the total consumed so far.")
-    return Ack(query_id_in(fields), size)
+    return Ack(query_id_in(fields), size, fields.get("last") is True)
 
 
 def _close_session(fields: dict[str, Any], limits: Limits) -> CloseSession:
@@ -242,7 +244,7 @@ def _close_session(fields: dict[str, Any], limits: Limits) -> CloseSession:
 
 
 # Types of binary messages.
-BINARY_KINDS = ("uploadArrow", "crdt-update")
+BINARY_KINDS = ("uploadArrow", "crdt-update", "streamData")
 
 TEXT_DECODERS: dict[str, Callable[[dict[str, Any], Limits], Message]] = {
     "auth": _auth,
@@ -265,6 +267,7 @@ TEXT_DECODERS: dict[str, Callable[[dict[str, Any], Limits], Message]] = {
     "crdt-leave": lambda fields, _: decode_leave(fields),
     "crdt-snapshot": lambda fields, _: decode_snapshot(fields),
     "crdt-presence": lambda fields, _: decode_room_presence(fields),
+    "streamAck": lambda fields, _: decode_stream_ack(fields),
 }
 
 

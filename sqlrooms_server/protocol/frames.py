@@ -29,6 +29,14 @@ def encode_reply(kind: str, query_id: QueryId | None, **fields: Any) -> bytes:
     return encode({**head, **fields})
 
 
+def with_query_id(message: bytes, before: QueryId, after: QueryId) -> bytes:
+    """``message``, a text message for the request ``before``, for the request ``after``."""
+    if before == after:
+        return message
+    old, new = (encode({"queryId": query_id})[1:-1] for query_id in (before, after))
+    return message.replace(old, new, 1)
+
+
 def encode_said(channel: str, payload: Any) -> bytes:
     """A message of a channel. Raises ``BadRequest`` for a payload that JSON cannot carry."""
     try:
@@ -73,15 +81,15 @@ def arrow_prefix(query_id: QueryId, **more: Any) -> bytes:
     The header is padded with spaces to a multiple of 8 bytes with its length, so that a client
     can read the columns in place.
     """
-    return _padded(encode({"type": "arrow", "queryId": query_id, **more}))
+    return padded(encode({"type": "arrow", "queryId": query_id, **more}))
 
 
 def framed(fields: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
     """A binary message, with its header padded like that of an Arrow reply."""
-    return b"".join((_padded(encode_value(fields)), body))
+    return b"".join((padded(encode_value(fields)), body))
 
 
-def _padded(header: bytes) -> bytes:
+def padded(header: bytes) -> bytes:
     header += b" " * (-(4 + len(header)) % 8)
     return len(header).to_bytes(4, "big") + header
 

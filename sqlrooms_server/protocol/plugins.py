@@ -14,7 +14,7 @@ from sqlrooms_server.protocol.fields import (
     whole_number,
 )
 
-_OPTIONS = frozenset(("timeoutMs", "compression", "stream", "window"))
+_OPTIONS = frozenset(("timeoutMs", "compression", "stream", "window", "resumable"))
 _OF_PROTOCOL = _OPTIONS | {"type", "queryId"}
 
 
@@ -36,11 +36,11 @@ def _options(fields: dict[str, Any]) -> Options:
     compression: Compression | None = choice(fields, "compression", ("lz4", "zstd"), None)
     stream = flag(fields, "stream")
     window = whole_number(fields, "window", 1, 1 << 53)
-    if window is not None and not stream:
-        raise BadRequest("window is for chunked results; add stream: true.")
+    resumable = flag(fields, "resumable")
     return Options(
         timeout=None if timeout is None else timeout / 1000,
         compression=compression,
         stream=stream,
         window=window,
+        resumable=resumable,
     )

@@ -8,7 +8,15 @@ from typing import Any
 import ujson
 
 from sqlrooms_server.errors import BadRequest
-from sqlrooms_server.messages import Compression, Format, Live, Options, Query, QueryKind
+from sqlrooms_server.messages import (
+    Compression,
+    Format,
+    Live,
+    Options,
+    PluginMessage,
+    Query,
+    QueryKind,
+)
 from sqlrooms_server.protocol.fields import (
     MAX_TIMEOUT_MS,
     check_sql,
@@ -64,19 +72,55 @@ _QUERY_OPTIONS = frozenset(
         "compression",
         "stream",
         "window",
+        "resumable",
         "session",
         "persist",
     )
 )
-_OPTIONS_OF_RESULTS = frozenset(("maxRows", "format", "compression", "stream", "window", "persist"))
-_OPTIONS_OF_ONE_ANSWER = ("session", "persist", "progress", "format", "stream", "window")
+_OPTIONS_OF_RESULTS = frozenset(
+    ("maxRows", "format", "compression", "stream", "window", "resumable", "persist")
+)
+_OPTIONS_OF_ONE_ANSWER = (
+    "session",
+    "persist",
+    "progress",
+    "format",
+    "stream",
+    "window",
+    "resumable",
+)
+
+
+def named_query(message: PluginMessage, sql: str) -> Query:
+    """The query that ``message`` asks for, a message with the options of ``arrow`` whose text the
+    server has. Raises ``BadRequest``."""
+    query = Query("arrow", sql, message.query_id, ("arrow",))
+    return _with(query, message.fields, message.options)
 
 
 def _with_options(query: Query, fields: dict[str, Any]) -> Query:
-    given = {name for name in _QUERY_OPTIONS if fields.get(name) is not None}
-    if query.kind == "exec" and not given.isdisjoint(_OPTIONS_OF_RESULTS):
-        field = min(given & _OPTIONS_OF_RESULTS)
-        raise BadRequest(f"{field} is for results, and exec has none; use arrow or json.")
+    of_results = [name for name in sorted(_OPTIONS_OF_RESULTS) if fields.get(name) is not None]
+    if query.kind == "exec" and of_results:
+        raise BadRequest(f"{of_results[0]} is for results, and exec has none; use arrow or json.")
+    timeout = whole_number(fields, "timeoutMs", 1, MAX_TIMEOUT_MS)
+    compression: Compression | None = choice(fields, "compression", ("lz4", "zstd"), None)
+    stream = flag(fields, "stream")
+    window = whole_number(fields, "window", 1, 1 << 53)
+    if window is not None and not stream:
+        raise BadRequest("window is for chunked results; add stream: true.")
+    options = Options(
+        timeout=None if timeout is None else timeout / 1000,
+        compression=compression,
+        stream=stream,
+        window=window,
+        resumable=flag(fields, "resumable"),
+    )
+    return _with(query, fields, options)
+
+
+def _with(query: Query, fields: dict[str, Any], options: Options) -> Query:
+    """``query`` with ``options`` and those that ``fields`` have besides."""
+    given = {name for name in ("format", "session") if fields.get(name) is not None}
     params = fields.get("params")
     if params is not None and not isinstance(params, list | dict):
         raise BadRequest("params must be an array or an object.")
@@ -84,27 +128,22 @@ def _with_options(query: Query, fields: dict[str, Any]) -> Query:
         raise BadRequest(
             f"params has more than {MAX_PARAMETERS} values; send that many with uploadArrow."
         )
-    timeout = whole_number(fields, "timeoutMs", 1, MAX_TIMEOUT_MS)
     formats = _formats(fields["format"]) if "format" in given else query.formats
-    compression: Compression | None = choice(fields, "compression", ("lz4", "zstd"), None)
-    stream = flag(fields, "stream")
-    if (compression is not None or stream) and formats:
+    if (options.compression is not None or options.stream) and formats:
         # Only an Arrow stream can be compressed or cut.
         if "arrow" not in formats:
-            field = "stream" if stream else "compression"
+            field = "stream" if options.stream else "compression"
             raise BadRequest(f"{field} is for the format arrow, which was not asked for.")
         formats = ("arrow",)
-    window = whole_number(fields, "window", 1, 1 << 53)
-    if window is not None and not stream:
-        raise BadRequest("window is for chunked results; add stream: true.")
-    options = Options(
+    if options.resumable and not options.stream:
+        raise BadRequest("resumable is for chunked results; add stream: true.")
+    if options.resumable and "session" in given:
+        raise BadRequest("resumable is not for a session, which ends with its connection.")
+    options = dataclasses.replace(
+        options,
         params=params,
-        timeout=None if timeout is None else timeout / 1000,
         max_rows=whole_number(fields, "maxRows", 0, 1 << 53),
         progress=flag(fields, "progress"),
-        compression=compression,
-        stream=stream,
-        window=window,
         session=session_name(fields) if "session" in given else None,
         persist=flag(fields, "persist"),
     )

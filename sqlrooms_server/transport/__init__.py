@@ -6,7 +6,8 @@ Python classes poll the loop, never report a drained socket, and can lose data.
 
 from sqlrooms_server.transport.certificates import Certificate
 from sqlrooms_server.transport.connection import Connection, FrameSource, Source
-from sqlrooms_server.transport.http import Exchange, HttpRequest, check_headers
+from sqlrooms_server.transport.exchange import Exchange, Receiver
+from sqlrooms_server.transport.http import HttpRequest, check_headers
 from sqlrooms_server.transport.loop import Handler, Refusal, Transport, TransportLimits
 from sqlrooms_server.transport.proxies import Proxies
 from sqlrooms_server.transport.topics import Topic
@@ -20,6 +21,7 @@ __all__ = [
     "Handler",
     "HttpRequest",
     "Proxies",
+    "Receiver",
     "Refusal",
     "Source",
     "Topic",

@@ -70,10 +70,10 @@ class FrameSource(Protocol):
         """The connection closed while there was something to send."""
 
 
-class _Whole:
+class Whole:
     """A complete message as a source."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: Chunk) -> None:
         self._rest = memoryview(data)
 
     def pull(self) -> tuple[Chunk, bool]:
@@ -319,7 +319,7 @@ class Connection:
         """Choose the message to send next; none when it is the turn of a frame."""
         if self._messages:
             data, opcode = self._messages.popleft()
-            self._under_way = _Whole(data), opcode, len(data) + _ENTRY_BYTES
+            self._under_way = Whole(data), opcode, len(data) + _ENTRY_BYTES
         elif self._streams and not (self._frames_are_next and self._frame_sources):
             self._under_way = self._streams.popleft()
             self._frames_are_next = True

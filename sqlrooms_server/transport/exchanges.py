@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from sqlrooms_server.transport import native
-from sqlrooms_server.transport.http import Exchange, HttpRequest, RequestReader
+from sqlrooms_server.transport.exchange import Exchange, Wire
+from sqlrooms_server.transport.http import HttpRequest, RequestReader
 from sqlrooms_server.transport.sockets import Sockets
 
 log = logging.getLogger(__name__)
@@ -20,27 +20,19 @@ ffi, lib = native.ffi, native.lib
 # which nobody else is served. Clients wait for the answer to each.
 _MAX_AT_ONCE = 64
 
+# Of a body that was refused, so much is read all the same: a client that is still sending hears
+# nothing, and would be told by the system that the connection is broken.
+_MAX_UNREAD_BYTES = 4 << 20
+
 TOO_MANY = "There are too many connections from {} (--max-connections-per-address)."
 
 
-class _Arriving:
-    """A request whose body has not all arrived."""
+class _Refused:
+    """A body that comes after its request was answered, and whether its socket closes then."""
 
-    def __init__(self, request: HttpRequest, exchange: Exchange) -> None:
-        self.exchange = exchange
-        self._request = request
-        self._body = bytearray()
-
-    @property
-    def size(self) -> int:
-        return len(self._body)
-
-    def add(self, data: bytes) -> None:
-        self._body += data
-
-    def request(self) -> HttpRequest:
-        """The whole request."""
-        return dataclasses.replace(self._request, body=bytes(self._body))
+    def __init__(self, closes: bool) -> None:
+        self.closes = closes
+        self.size = 0
 
 
 class Exchanges:
@@ -52,15 +44,17 @@ class Exchanges:
         reader: RequestReader,
         sockets: Sockets,
         answer: Callable[[HttpRequest, Exchange], None],
-        max_body: int,
+        post: Callable[..., None],
     ) -> None:
         self._tls = tls
         self._reader = reader
         self._sockets = sockets
         self._answer = answer
-        self._max_body = max_body
+        self._post = post
+        self._wire: Wire | None = None
         self._open: dict[int, Exchange] = {}
-        self._arriving: dict[int, _Arriving] = {}
+        # By their sockets.
+        self._refused: dict[int, _Refused] = {}
         self._numbers = itertools.count(1)
         # The socket that asked last in this turn of the loop, and how often.
         self._asking = 0
@@ -70,14 +64,29 @@ class Exchanges:
         self._on_data_callback = ffi.callback(
             "void(uws_res_t*, const char*, size_t, bool, void*)", self._on_data
         )
+        self._on_writable_callback = ffi.callback(
+            "bool(uws_res_t*, uintmax_t, void*)", self._on_writable
+        )
 
-    def serve(self, app: Any) -> None:
-        """Answer the requests of ``app`` that are no upgrades."""
+    def serve(self, app: Any, loop: Any) -> None:
+        """Answer the requests of ``app``, on ``loop``, that are no upgrades."""
+        self._wire = Wire(
+            self._post,
+            loop,
+            self._on_writable_callback,
+            self._forget,
+            self._add_refused,
+            self._is_active,
+        )
         lib.uws_app_any(self._tls, app, b"/*", self._on_http_callback, ffi.NULL)
 
     def turn_ended(self) -> None:
         """For the transport: what comes now was not sent at once."""
         self._asking = 0
+
+    def socket_closed(self, key: int) -> None:
+        """For the transport: the socket ``key`` is gone."""
+        self._refused.pop(key, None)
 
     def asks_too_often(self, key: int) -> bool:
         """Whether a socket, by its address, sent more requests at once than anybody needs."""
@@ -90,50 +99,85 @@ class Exchanges:
         if self.asks_too_often(key):
             lib.uws_res_close(self._tls, res)
             return
+        self._refused.pop(key, None)
         number = next(self._numbers)
-        exchange = self._open[number] = Exchange(self._tls, res)
         pointer = native.integer_pointer(number)
         lib.uws_res_on_aborted(self._tls, res, self._on_abort_callback, pointer)
+        exchange: Exchange | None = None
         try:
             may_ask = self._sockets.asked(key)
             request = self._reader.read(res, req)
-            if not may_ask:
-                exchange.respond(429, TOO_MANY.format(request.remote_address).encode())
-            elif request.method == "POST":
-                self._arriving[number] = _Arriving(request, exchange)
+            exchange = self._open[number] = Exchange(
+                self._tls,
+                res,
+                self._wire,
+                number=number,
+                is_head=request.method == "HEAD",
+                has_body=request.has_body,
+            )
+            if request.has_body:
                 lib.uws_res_on_data(self._tls, res, self._on_data_callback, pointer)
-            else:
+            if may_ask:
                 self._answer(request, exchange)
+            else:
+                exchange.respond(429, TOO_MANY.format(request.remote_address).encode())
+        except Exception:  # loop-callback guard
+            log.exception("An HTTP request failed.")
+            (exchange or Exchange(self._tls, res)).respond(500, b"internal error")
+
+    def _on_data(self, res: Any, data: Any, length: int, last: bool, user_data: Any) -> None:
+        exchange = self._open.get(native.pointer_key(user_data))
+        if exchange is None:
+            self._skip(res, length, last)
+            return
+        try:
+            exchange.body_came(native.unpack(data, length), bool(last))
         except Exception:  # loop-callback guard
             log.exception("An HTTP request failed.")
             exchange.respond(500, b"internal error")
-        self._forget_answered()
 
-    def _on_data(self, res: Any, data: Any, length: int, last: bool, user_data: Any) -> None:
-        number = native.pointer_key(user_data)
-        arriving = self._arriving.get(number)
-        if arriving is None:
+    def _on_writable(self, res: Any, offset: int, user_data: Any) -> bool:
+        exchange = self._open.get(native.pointer_key(user_data))
+        if exchange is None:
+            return True
+        try:
+            return exchange.writable()
+        except Exception:  # loop-callback guard
+            log.exception("An HTTP answer failed.")
+            exchange.abort()
+            return True
+
+    def _add_refused(self, res: Any, closes: bool) -> None:
+        self._refused[native.pointer_key(res)] = _Refused(closes)
+
+    def _skip(self, res: Any, length: int, last: bool) -> None:
+        """Bytes of a body came that nobody waits for."""
+        key = native.pointer_key(res)
+        refused = self._refused.get(key)
+        if refused is None:
             return
-        arriving.add(native.unpack(data, length))
-        if arriving.size > self._max_body:
-            text = f"The body has more than {self._max_body} bytes (--max-notify-size)."
-            arriving.exchange.respond(413, text.encode())
-        elif last:
-            try:
-                self._answer(arriving.request(), arriving.exchange)
-            except Exception:  # loop-callback guard
-                log.exception("An HTTP request failed.")
-                arriving.exchange.respond(500, b"internal error")
-        if last or not arriving.exchange.is_open:
-            self._arriving.pop(number, None)
-        self._forget_answered()
+        refused.size += length
+        if last and not refused.closes:
+            del self._refused[key]
+        elif last or refused.size > _MAX_UNREAD_BYTES:
+            # Not now: the answer may leave only when this callback returns.
+            self._post(self._close, key, refused)
 
-    def _forget_answered(self) -> None:
-        """Most are answered at once; those that wait are few."""
-        self._open = {n: e for n, e in self._open.items() if e.is_open}
+    def _close(self, key: int, refused: _Refused) -> None:
+        if self._refused.get(key) is refused:
+            lib.uws_res_close(self._tls, native.integer_pointer(key))
+
+    def _forget(self, number: int) -> None:
+        self._open.pop(number, None)
+
+    def _is_active(self, res: Any) -> None:
+        """Others have been silent longer."""
+        self._sockets.asked(native.pointer_key(res))
 
     def _on_abort(self, res: Any, user_data: Any) -> None:
-        self._arriving.pop(native.pointer_key(user_data), None)
         exchange = self._open.pop(native.pointer_key(user_data), None)
         if exchange is not None:
-            exchange.aborted()
+            try:
+                exchange.aborted()
+            except Exception:  # loop-callback guard
+                log.exception("The end of an HTTP request failed.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any
 
 from sqlrooms_server.transport import native
@@ -16,7 +15,11 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 # What the server looks at; uWebSockets reads headers by name.
-_HEADERS = (b"host", b"origin", b"authorization", b"cookie", b"content-type", b"content-length")
+_HEADERS = (
+    *(b"host", b"origin", b"authorization", b"cookie", b"content-type", b"content-length"),
+    *(b"transfer-encoding", b"accept", b"accept-encoding", b"range", b"if-range", b"if-match"),
+    *(b"if-none-match", b"if-modified-since", b"access-control-request-method"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,8 @@ class HttpRequest:
 
     ``remote_address`` is that of the client, also behind a trusted proxy, and ``unix`` for one that
     comes over a Unix socket. ``scheme`` and ``forwarded_host`` are what the client asked the proxy
-    for; without one, the latter is None. ``body`` is that of a ``POST``.
+    for; without one, the latter is None. ``body`` is empty until it was read, see
+    :class:`Exchange`. ``base`` is what stood before ``path`` and belongs to whoever serves an app.
     """
 
     method: str
@@ -37,6 +41,13 @@ class HttpRequest:
     is_from_proxy: bool = False
     scheme: str = "http"
     forwarded_host: str | None = None
+    base: str = ""
+
+    @property
+    def has_body(self) -> bool:
+        """Whether a body follows, or may follow."""
+        length = self.headers.get("content-length", "0")
+        return length.strip() != "0" or "transfer-encoding" in self.headers
 
 
 class RequestReader:
@@ -59,6 +70,8 @@ class RequestReader:
         self._proxies = proxies or Proxies()
         self._proxy_headers = frozenset(name.lower() for name in proxy_headers)
         self._looked_at = self._proxies.headers | self._proxy_headers
+        # Whether requests have all headers, but for those that only a trusted proxy may send.
+        self.reads_all = False
 
     def peer(self, res: Any) -> str:
         """The address at the other end of the socket, normalised; empty when that is gone."""
@@ -84,6 +97,8 @@ class RequestReader:
             length = native.lib.uws_req_get_header(req, name, len(name), target)
             if length:
                 headers[name.decode()] = text(length)
+        if self.reads_all:
+            self._add_others(req, headers)
         method = text(native.lib.uws_req_get_method(req, target)).upper()
         url = text(native.lib.uws_req_get_full_url(req, target))
         client = self._client(self.peer(res), req, headers)
@@ -99,6 +114,13 @@ class RequestReader:
             forwarded_host=client.host,
         )
 
+    def _add_others(self, req: Any, headers: dict[str, str]) -> None:
+        lines: dict[str, list[str]] = {}
+        for name, value in native.request_headers(req):
+            if name not in headers and name not in self._looked_at:
+                lines.setdefault(name, []).append(value)
+        headers.update((name, ", ".join(values)) for name, values in lines.items())
+
     def _client(self, peer: str, req: Any, headers: dict[str, str]) -> Client:
         if not self.is_trusted(peer):
             return Client(peer)
@@ -109,50 +131,6 @@ class RequestReader:
         for name in self._proxy_headers & lines.keys():
             headers[name] = ", ".join(lines[name])
         return self._proxies.client(peer, lines)
-
-
-class Exchange:
-    """An HTTP request that waits for its answer. Methods belong to the loop thread."""
-
-    def __init__(self, tls: int, res: Any) -> None:
-        self._tls = tls
-        self._res = res
-
-    @property
-    def is_open(self) -> bool:
-        """False once it was answered or the client went away."""
-        return self._res is not None
-
-    def respond(
-        self,
-        status: int,
-        body: bytes,
-        content_type: str = "text/plain; charset=utf-8",
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        """Answer; does nothing when that was done or the client is gone.
-
-        ``headers`` are further ones. Raises ``ValueError`` for one that holds the end of a line.
-        """
-        given = {"Content-Type": content_type, "Cache-Control": "no-store", **(headers or {})}
-        check_headers(given)
-        res, self._res = self._res, None
-        if res is None:
-            return
-        tls, reason = self._tls, f"{status} {HTTPStatus(status).phrase}".encode()
-        native.lib.uws_res_write_status(tls, res, reason, len(reason))
-        for name, value in ((n.encode("latin-1"), v.encode("latin-1")) for n, v in given.items()):
-            native.lib.uws_res_write_header(tls, res, name, len(name), value, len(value))
-        # A refused request may have a body under way, which nothing reads: close then.
-        native.lib.uws_res_end(tls, res, body, len(body), status != 200)
-
-    def respond_json(self, status: int, body: bytes) -> None:
-        """Answer with JSON text."""
-        self.respond(status, body, "application/json")
-
-    def aborted(self) -> None:
-        """For the transport: the client went away."""
-        self._res = None
 
 
 def check_headers(headers: Mapping[str, str]) -> None:

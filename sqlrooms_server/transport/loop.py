@@ -16,8 +16,9 @@ from sqlrooms_server.errors import StartupError
 from sqlrooms_server.transport import addresses, native, sockets
 from sqlrooms_server.transport.certificates import Certificate
 from sqlrooms_server.transport.connection import Connection
+from sqlrooms_server.transport.exchange import Exchange
 from sqlrooms_server.transport.exchanges import TOO_MANY, Exchanges
-from sqlrooms_server.transport.http import Exchange, HttpRequest, RequestReader
+from sqlrooms_server.transport.http import HttpRequest, RequestReader
 from sqlrooms_server.transport.listening import Listeners
 from sqlrooms_server.transport.proxies import UNIX, Proxies
 from sqlrooms_server.transport.sockets import SocketLimits, Sockets
@@ -61,7 +62,7 @@ class Handler(Protocol):
     def closed(self, connection: Connection) -> None: ...
 
     def http(self, request: HttpRequest, exchange: Exchange) -> None:
-        """Answer a request, now or later."""
+        """Answer a request, now or later. Its body, if there is one, is still to be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,6 @@ class TransportLimits:
     """
 
     max_message_size: int
-    max_body: int
     max_queued: int
     max_connections: int
     idle_timeout: int
@@ -114,9 +114,7 @@ class Transport:
                 sockets.descriptors(),
             )
         )
-        self._exchanges = Exchanges(
-            self._tls, self._reader, self._sockets, handler.http, limits.max_body
-        )
+        self._exchanges = Exchanges(self._tls, self._reader, self._sockets, handler.http, self.post)
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._wake_pending = False
         # Guards the wake-up against the end of the loop, after which it would touch freed memory.
@@ -145,6 +143,10 @@ class Transport:
     def connections(self) -> list[Connection]:
         """Those that are open. For the loop thread."""
         return list(self._connections.values())
+
+    def read_all_headers(self) -> None:
+        """Let requests have all of their headers. Before :meth:`start`."""
+        self._reader.reads_all = True
 
     def topic(self) -> Topic:
         """A new topic, which nobody hears. For the loop thread."""
@@ -283,7 +285,7 @@ class Transport:
             "void(uws_websocket_t*, int, const char*, size_t, void*)", self._on_close
         )
         lib.uws_ws(self._tls, self._app, b"/*", behavior[0], ffi.NULL)
-        self._exchanges.serve(self._app)
+        self._exchanges.serve(self._app, self._loop)
         on_socket = self._callback("void(uws_res_t*, int, void*)", self._on_socket)
         lib.uws_filter(self._tls, self._app, on_socket, ffi.NULL)
         return Listeners(self._tls, self._app)
@@ -403,6 +405,7 @@ class Transport:
         key = native.pointer_key(res)
         if change < 0:
             self._sockets.closed(key)
+            self._exchanges.socket_closed(key)
             return
         try:
             peer = self._reader.peer(res)

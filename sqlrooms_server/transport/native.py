@@ -88,6 +88,8 @@ _extra_ffi.cdef(
     void us_socket_context_close(int ssl, struct us_socket_context_t *context);
     void us_loop_free(struct us_loop_t *loop);
     int us_poll_fd(void *poll);
+    void us_poll_change(void *poll, void *loop, int events);
+    void us_socket_timeout(int ssl, void *socket, unsigned int seconds);
     void uv_walk(void *loop, void (*callback)(void *handle, void *argument), void *argument);
     void uv_close(void *handle, void *callback);
     int uv_is_closing(void *handle);
@@ -119,6 +121,10 @@ ws_unsubscribe = lib.uws_ws_unsubscribe
 publish = lib.uws_publish
 ws_user_data = lib.uws_ws_get_user_data
 
+pause_reading = lib.uws_res_pause
+
+_READABLE_AND_WRITABLE = 3
+
 
 @ffi.callback("void(void*)")  # type: ignore[untyped-decorator, unused-ignore]
 def _call_handle(handle: Any) -> None:
@@ -128,6 +134,33 @@ def _call_handle(handle: Any) -> None:
 def corked(tls: int, ws: Any, write: Callable[[], None]) -> None:
     """Hand what ``write`` sends on ``ws`` to the kernel in one call."""
     lib.uws_ws_cork(tls, ws, _call_handle, ffi.new_handle(write))
+
+
+@ffi.callback("void(uws_res_t*, void*)")  # type: ignore[untyped-decorator, unused-ignore]
+def _call_handle_of_response(res: Any, handle: Any) -> None:
+    ffi.from_handle(handle)()
+
+
+def corked_response(tls: int, res: Any, write: Callable[[], None]) -> None:
+    """The same for an HTTP response."""
+    lib.uws_res_cork(tls, res, _call_handle_of_response, ffi.new_handle(write))
+
+
+def resume_reading(tls: int, res: Any, loop: Any, seconds: int) -> None:
+    """Undo ``pause_reading``: ``uws_res_resume`` of the library pauses once more.
+
+    ``seconds`` as for :func:`limit_silence`.
+    """
+    _extra.us_poll_change(
+        _extra_ffi.cast("void*", res), _extra_ffi.cast("void*", loop), _READABLE_AND_WRITABLE
+    )
+    limit_silence(tls, res, seconds)
+
+
+def limit_silence(tls: int, res: Any, seconds: int) -> None:
+    """Close the socket of ``res`` after ``seconds``, unless uWebSockets sets another limit by then;
+    0 means never."""
+    _extra.us_socket_timeout(tls, _extra_ffi.cast("void*", res), seconds)
 
 
 @ffi.callback(  # type: ignore[untyped-decorator, unused-ignore]
