@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import inspect
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlrooms_server.errors import Cancelled, ServerError
 from sqlrooms_server.jobs import Job, Lane, Pause, Work
@@ -17,6 +16,9 @@ from sqlrooms_server.plugin.chain import failure
 from sqlrooms_server.plugins.runner import Runner
 from sqlrooms_server.timers import Timers
 from sqlrooms_server.transport import Exchange
+
+if TYPE_CHECKING:
+    import asyncio
 
 # Of a body that comes: above the first mark the client waits, below the other one it goes on. Half
 # a megabyte more may be on its way.
@@ -133,12 +135,15 @@ class BodyReader:
         return self
 
     async def __anext__(self) -> bytes:
+        # Not at the top: whoever awaits has loaded it, and others need not.
+        from asyncio import get_running_loop
+
         while True:
             with self._changed:
                 if self._has_news():
                     data = self._take()
                     break
-                loop = asyncio.get_running_loop()
+                loop = get_running_loop()
                 waiter = loop.create_future()
                 self._waiter = loop, waiter
             await waiter
