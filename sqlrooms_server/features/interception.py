@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from sqlrooms_server.db.cursor import Cursor, Result
+from sqlrooms_server.db.batches import Result
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.values import opened
 from sqlrooms_server.errors import ServerError

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from sqlrooms_server.db.cursor import Cursor, Result
+from sqlrooms_server.db.batches import Result
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.results import arrow_chunks
 from sqlrooms_server.db.room_macros import wanted_rooms

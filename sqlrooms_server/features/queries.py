@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from typing import IO, Any
 
 from sqlrooms_server.access.roles import ADMIN, Role
-from sqlrooms_server.db.cursor import Cursor, Result
+from sqlrooms_server.db.batches import Result
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.policy import UNRESTRICTED
 from sqlrooms_server.db.results import BROKEN_ARROW, Chunk, arrow_chunks, json_chunks
