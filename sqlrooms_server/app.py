@@ -325,7 +325,7 @@ class App:
             return
         if peer.role.request_rate:
             try:
-                self.gate.check_rate(peer, message)
+                self.gate.rates.check(peer, message)
             except Busy as error:
                 peer.send_error(error)
                 self.interception.refused(peer, message, error)
@@ -387,14 +387,16 @@ class App:
         return [route for feature in self._features for route in feature.routes]
 
     def http(self, request: HttpRequest, exchange: Exchange) -> None:
-        exchange.add_headers(self.gate.shared_with(request))
-        route = routing.route_for(self.routes, request, exchange, self.gate)
+        exchange.add_headers(self.gate.http.shared_with(request))
+        route = routing.route_for(self.routes, request, exchange, self.gate.http)
         if route is None:
             return
         if route.is_public:
-            self._answer_with(route, request, exchange, self.gate.known(request))
+            self._answer_with(route, request, exchange, self.gate.http.known(request))
         else:
-            self.gate.identify(request, lambda found: self._answer(route, request, exchange, found))
+            self.gate.http.identify(
+                request, lambda found: self._answer(route, request, exchange, found)
+            )
 
     def _answer(
         self,
