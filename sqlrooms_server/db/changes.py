@@ -22,7 +22,6 @@ _MEMO_ENTRIES = 1024
 # What a change is called that nobody looks into.
 _SOMETHING = Change("change", catalog=True, unknown=True)
 
-
 # After any other of DuckDB's errors a single statement has certainly not committed.
 _UNCERTAIN = (
     duckdb.InterruptException,

@@ -41,12 +41,12 @@ class HttpGate:
             found = self._credentials.wait(request.remote_address, shown)
             if found is None:
                 self._plugins.ask(
-                    request, token, lambda found: then(self._told_over_http(request, token, found))
+                    request, token, lambda found: then(self._told(request, token, found))
                 )
                 return
         then(self._in_rate(found or Refusal(401, UNAUTHORIZED)))
 
-    def _told_over_http(
+    def _told(
         self, request: HttpRequest, token: str | None, found: Identity | ServerError | None
     ) -> Identity | Refusal:
         address = request.remote_address
