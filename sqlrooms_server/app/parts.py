@@ -94,7 +94,7 @@ class App:
         name: str = "",
         path: str = "",
     ) -> None:
-        self.settings = self._settings = settings
+        self.settings = settings
         self.name = name
         self.path = path
         self._shared = shared
@@ -152,7 +152,7 @@ class App:
             return self._open(scheduler, databases)
 
     def _open(self, scheduler: Scheduler, databases: Databases) -> contextlib.ExitStack:
-        if self._settings.sync and not is_available():
+        if self.settings.sync and not is_available():
             raise StartupError(
                 "--sync needs the package loro, which is not installed: "
                 "pip install 'sqlrooms-server[sync]'."
@@ -162,14 +162,14 @@ class App:
             undo.callback(self.plugins.end, "stopped")
             self.plugins.begin()
             self.database = databases.open(self.name)
-            if self._settings.sync:
+            if self.settings.sync:
                 self.room_store = databases.open_rooms(self.name)
             undo.callback(
                 lambda: self.close_rooms(time.monotonic(), time.monotonic() + _UNDO_SECONDS)
             )
             self._join_features(scheduler)
             self.objects.open(self.database.engine, self.requests)
-            self.plugins.open(self.database.engine, self.requests, self._settings)
+            self.plugins.open(self.database.engine, self.requests, self.settings)
             return undo.pop_all()
 
     def begin(self) -> None:
@@ -214,7 +214,7 @@ class App:
         return is_quiet
 
     def _join_features(self, scheduler: Scheduler) -> None:
-        settings, post, timers = self._settings, self._shared.post, self._shared.timers
+        settings, post, timers = self.settings, self._shared.post, self._shared.timers
         database, engine = self.database, self.database.engine
         self.requests = Requests(
             scheduler,
@@ -265,7 +265,7 @@ class App:
         self.dispatch.open(self._features, self.uploads, self.interception)
 
     def _open_rooms(self, store: RoomStore) -> Rooms:
-        settings = self._settings
+        settings = self.settings
         limits = RoomLimits(
             max_size=settings.max_room_size,
             memory=settings.room_memory,

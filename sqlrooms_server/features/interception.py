@@ -53,6 +53,10 @@ class Interception:
         client = Client(peer, self._post)
         return Query(message.sql, message.options.params, kind, message.query_id, client)
 
+    def taken_part_in(self, query: Query | None) -> Query | None:
+        """``query`` when it goes through plugins; None when they are only told of it."""
+        return query if self.takes_part else None
+
     def prepare(self, cursor: Cursor, query: Query) -> None:
         """Let plugins set up ``cursor`` for ``query``, on its worker."""
         self._chain.prepare(cursor, query.client)
