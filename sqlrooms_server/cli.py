@@ -236,7 +236,7 @@ class _Signals:
 
 def _welcome(settings: Settings, port: int, server: Server) -> str:
     from sqlrooms_server.db import room_files
-    from sqlrooms_server.db.cursor import DUCKDB_VERSION
+    from sqlrooms_server.db.library import DUCKDB_VERSION
     from sqlrooms_server.transport.addresses import is_loopback
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -13,15 +13,18 @@ from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Chunk, Pull
 HIGH_BYTES = 2 << 20
 LOW_BYTES = 1 << 20
 
+# Where what is sent is cut into messages, one ends above it. Each costs a header, calls of the
+# library and a wake-up of the client.
+_FRAME_BYTES = 1 << 20
+
 
 class Outbox:
     """One message that is produced while it is sent; a :class:`transport.Source`.
 
     The worker calls ``put``, ``finish`` and ``fail``; the loop thread ``pull``, ``sent`` and
     ``dropped``, and ``fail`` too. It is full from ``high`` bytes on. ``on_room`` is called when a
-    full outbox has room again,
-    ``on_data`` when an empty one has something to send, ``on_sent`` after the last fragment of
-    a message that did not fail.
+    full outbox has room again, ``on_data`` when an empty one has something to send, ``on_sent``
+    after the last fragment of a message that did not fail.
     """
 
     def __init__(
@@ -121,6 +124,26 @@ class Outbox:
         if room:
             self._on_room()
         return fragment, last
+
+    def pull_frame(self, room: Callable[[int], int]) -> tuple[list[Chunk], int, bool]:
+        """The pieces of the next message, their bytes, and whether they are the last; no pieces
+        when there is nothing to send now.
+
+        ``room`` tells how much can be sent behind so many bytes.
+        """
+        pieces: list[Chunk] = []
+        size, last = 0, False
+        while size < _FRAME_BYTES and not last:
+            limit = room(size)
+            if limit <= 0:
+                break
+            pulled = self.pull(limit)
+            if isinstance(pulled, Pull):
+                break
+            piece, last = pulled
+            pieces.append(piece)
+            size += len(piece)
+        return pieces, size, last
 
     def sent(self) -> None:
         """For the connection: the last fragment was handed to the socket."""

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 
 from sqlrooms_server.access import Identity
 from sqlrooms_server.access.cors import permission
-from sqlrooms_server.gate import Gate
+from sqlrooms_server.gate import HttpGate
 from sqlrooms_server.plugin import Route
 from sqlrooms_server.transport import Exchange, HttpRequest
 
 
 def route_for(
-    routes: Iterable[Route], request: HttpRequest, exchange: Exchange, gate: Gate
+    routes: Iterable[Route], request: HttpRequest, exchange: Exchange, gate: HttpGate
 ) -> Route | None:
     """The one of ``routes`` that has the longest path, and a method that fits.
 
@@ -55,7 +55,7 @@ def answer_with(
 
 
 def _answer_options(
-    methods: Sequence[str], request: HttpRequest, exchange: Exchange, gate: Gate
+    methods: Sequence[str], request: HttpRequest, exchange: Exchange, gate: HttpGate
 ) -> None:
     headers = {"Allow": ", ".join(methods)}
     if "access-control-request-method" in request.headers:

@@ -15,9 +15,9 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from sqlrooms_server.db.cursor import SharedCursor
 from sqlrooms_server.db.effects import effects_of, transactions_of
 from sqlrooms_server.db.engine import Engine
+from sqlrooms_server.db.shared_cursor import SharedCursor
 from sqlrooms_server.db.statements import quote_identifier
 from sqlrooms_server.db.uploads import TableWriter, write_table
 from sqlrooms_server.db.versions import Change, Recorded, key_of

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from sqlrooms_server.db.cursor import DUCKDB_VERSION
+from sqlrooms_server.db.library import DUCKDB_VERSION
 from tests.conftest import LocalServer
 from tests.streams import stream
 from tests.test_chunked_results import MILLION

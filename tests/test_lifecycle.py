@@ -346,7 +346,7 @@ def test_a_message_whose_handler_fails_is_answered(
 
     with server.connect() as wire:
         wire.table("select 1")
-        server.server.main._handlers[Cancel] = fail
+        server.server.main.dispatch.handlers[Cancel] = fail
         reply = wire.request(type="cancel", queryId=7)
         assert (reply["type"], reply["queryId"], reply["code"]) == ("error", 7, "internal")
         assert "a defect" in caplog.text and "a defect" not in reply["error"]

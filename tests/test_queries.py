@@ -61,7 +61,7 @@ def test_a_text_asked_again_follows_its_tables(wire: Wire, definitions: list[str
 def test_two_dot_x_is_served_without_its_private_calls(
     wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sqlrooms_server.db.cursor._SUBMIT", None)
+    monkeypatch.setattr("sqlrooms_server.db.opening._SUBMIT", None)
     assert wire.table("select 1 as a").to_pydict() == {"a": [1]}
     assert "no_such" in wire.arrow("from no_such")["error"]
 

@@ -23,6 +23,11 @@ class Credentials:
         self._others_know = others_know
         self._failures = Failures(max_failures)
 
+    @property
+    def needs_token(self) -> bool:
+        """Whether everybody must present something."""
+        return self._access.needs_token or self._others_know
+
     def of(self, request: HttpRequest) -> Identity | Refusal | None:
         """Who sent ``request``; None when it does not say, or somebody else may know."""
         identity = self._access.of_proxy(request)

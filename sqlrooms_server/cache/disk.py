@@ -30,8 +30,6 @@ _FOLDERS_BYTES = 2 * _BLOCK_BYTES
 # The log of the database counts for the size too; SQLite's own limit is 4 MiB.
 _MAX_LOG_BYTES = 1 << 20
 
-_COUNTERS = frozenset({"count", "size", "hits", "misses"})
-
 
 class _Write:
     """What diskcache is given as a value: a record, and who may break its writing off."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import duckdb
 
 from sqlrooms_server.db.effects import Effect
+from sqlrooms_server.db.library import IS_2
 from sqlrooms_server.db.plans import MAX_PLANNED_LENGTH, Unplannable, plan_of
 from sqlrooms_server.db.statements import Statements
 from sqlrooms_server.db.versions import Change, Table, Versions, combined, key_of
@@ -20,8 +21,6 @@ _MEMO_ENTRIES = 1024
 
 # What a change is called that nobody looks into.
 _SOMETHING = Change("change", catalog=True, unknown=True)
-
-_HAS_TRIGGERS = int(duckdb.__version__.split(".")[0]) >= 2
 
 # After any other of DuckDB's errors a single statement has certainly not committed.
 _UNCERTAIN = (
@@ -187,7 +186,7 @@ class Changes:
         self, native: duckdb.DuckDBPyConnection, epoch: int, *, own_names: bool
     ) -> bool:
         """Whether writing one table may write another. 2.x has triggers."""
-        if not _HAS_TRIGGERS:
+        if not IS_2:
             return False
         known_at, has_trigger = self._triggers
         # A transaction sees its own triggers, and not those that came after it began.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sqlrooms_server.db.library import IS_2
 from sqlrooms_server.db.statements import quote_identifier, without_end
 
 # Arrow drops the offset of TIMETZ, and 1.5 has no Arrow form of VARIANT at all.
@@ -41,13 +42,17 @@ def unique_names(columns: tuple[Column, ...]) -> list[str]:
     return names
 
 
-def has_variant(type_: Any) -> bool:
-    """Whether ``type_`` is VARIANT or holds one, which 1.5 cannot turn into Arrow."""
+def fits_arrow(columns: tuple[Column, ...]) -> bool:
+    """Whether there is an Arrow form of all ``columns``. In 1.5 there is none of VARIANT."""
+    return IS_2 or not any(_has_variant(column.type) for column in columns)
+
+
+def _has_variant(type_: Any) -> bool:
     if type_.id == "variant":
         return True
     if type_.id not in _NESTED:
         return False
-    return any(has_variant(member) for _, member in type_.children if not isinstance(member, int))
+    return any(_has_variant(member) for _, member in type_.children if not isinstance(member, int))
 
 
 def exact_for_json(sql: str, columns: tuple[Column, ...]) -> str | None:

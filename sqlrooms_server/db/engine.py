@@ -20,7 +20,8 @@ import pyarrow as pa
 
 from sqlrooms_server.db import files
 from sqlrooms_server.db.changes import Changes
-from sqlrooms_server.db.cursor import Cursor, is_conflict, query_failure
+from sqlrooms_server.db.cursor import Cursor
+from sqlrooms_server.db.failures import is_conflict, query_failure
 from sqlrooms_server.db.guard import Guard
 from sqlrooms_server.db.plans import Readings
 from sqlrooms_server.db.policy import UNRESTRICTED, Policy

@@ -16,8 +16,9 @@ from typing import Any
 import pyarrow as pa
 
 from sqlrooms_server.db import values
+from sqlrooms_server.db.batches import Result
 from sqlrooms_server.db.columns import unique_names
-from sqlrooms_server.db.cursor import Cursor, Result
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.json_rows import RowEncoder
 from sqlrooms_server.errors import BadRequest, Gone

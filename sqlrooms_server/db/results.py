@@ -13,8 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from sqlrooms_server.db.batches import Result
 from sqlrooms_server.db.columns import unique_names
-from sqlrooms_server.db.cursor import Result
 from sqlrooms_server.db.json_rows import RowEncoder
 
 Chunk = bytes | memoryview

@@ -14,7 +14,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from sqlrooms_server.db.cursor import Cursor, Result
+from sqlrooms_server.db.batches import Result
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.messages import Params
 

@@ -99,7 +99,10 @@ class CachedQueries(Feature):
     def work(
         self, request: Request, query: Query, bounds: Bounds, alone: Work, seen: SeenQuery | None
     ) -> Work:
-        """Answer ``request`` from the cache, from a run that others wait for, or ``alone``."""
+        """Answer ``request`` from the cache, from a run that others wait for, or ``alone``.
+
+        ``seen`` is the query as plugins see it that take part in it.
+        """
         if self._plugins.is_personal:
             self._count("uncacheable")
             return alone
@@ -214,11 +217,11 @@ class CachedQueries(Feature):
             with ExitStack() as stack:
                 cursor = stack.enter_context(self._engine.cursor(bounds.policy))
                 flight.cursor = cursor
-                if seen is not None and self._plugins.takes_part:
+                if seen is not None:
                     self._plugins.prepare(cursor, seen)
                 if query.options.progress:
                     cursor.show_progress()
-                if seen is not None and self._plugins.takes_part:
+                if seen is not None:
                     value = self._plugins.ask(cursor, seen, query.formats)
                     result = stack.enter_context(self._plugins.opened(flight, value, query.formats))
                 else:

@@ -16,9 +16,6 @@ from sqlrooms_server.protocol import arrow_prefix
 from sqlrooms_server.timers import Timer
 from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Chunk, Pull
 
-# A message ends above it. Each costs a header, calls of the library and a wake-up of the client.
-FRAME_BYTES = 1 << 20
-
 
 class ChunkedRequest(Request):
     """A request whose result is a sequence of messages; a :class:`transport.FrameSource`.
@@ -70,18 +67,7 @@ class ChunkedRequest(Request):
     def pull_frame(self) -> list[Chunk] | Pull:
         if self.answered or self._outbox is None:
             return Pull.WITHDRAWN
-        pieces: list[Chunk] = []
-        size, last = 0, False
-        while size < FRAME_BYTES and not last:
-            limit = self._room(size)
-            if limit <= 0:
-                break
-            pulled = self._outbox.pull(limit)
-            if isinstance(pulled, Pull):
-                break
-            piece, last = pulled
-            pieces.append(piece)
-            size += len(piece)
+        pieces, size, last = self._outbox.pull_frame(self._room)
         if not pieces:
             return Pull.NOT_READY
         self._sent_bytes += size

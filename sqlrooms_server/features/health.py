@@ -10,8 +10,8 @@ from typing import Any
 
 from sqlrooms_server import __version__
 from sqlrooms_server.access import Identity
-from sqlrooms_server.db.cursor import DUCKDB_VERSION
 from sqlrooms_server.db.engine import Engine
+from sqlrooms_server.db.library import DUCKDB_VERSION
 from sqlrooms_server.errors import ServerError
 from sqlrooms_server.features import Feature, MessageHandler, Route
 from sqlrooms_server.messages import Hello

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from sqlrooms_server.db.cursor import Cursor, Result
+from sqlrooms_server.db.batches import Result
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.values import opened
 from sqlrooms_server.errors import ServerError
@@ -51,6 +52,10 @@ class Interception:
         kind = message.kind if isinstance(message, QueryMessage) else "live"
         client = Client(peer, self._post)
         return Query(message.sql, message.options.params, kind, message.query_id, client)
+
+    def taken_part_in(self, query: Query | None) -> Query | None:
+        """``query`` when it goes through plugins; None when they are only told of it."""
+        return query if self.takes_part else None
 
     def prepare(self, cursor: Cursor, query: Query) -> None:
         """Let plugins set up ``cursor`` for ``query``, on its worker."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlrooms_server.access.roles import Role
-from sqlrooms_server.db.cursor import Result
+from sqlrooms_server.db.batches import Result
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.policy import Policy
 from sqlrooms_server.errors import Timeout, TooLarge

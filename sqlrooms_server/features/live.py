@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from sqlrooms_server.db.cursor import Cursor, Result
+from sqlrooms_server.db.batches import Result
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.results import arrow_chunks
 from sqlrooms_server.db.room_macros import wanted_rooms
@@ -161,7 +162,7 @@ class LiveQueries(Feature):
         key = _key(live, bounds, subscription if self._plugins.is_personal else None)
         query = self._queries.get(key)
         if query is None:
-            taking_part = seen if self._plugins.takes_part else None
+            taking_part = self._plugins.taken_part_in(seen)
             query = self._queries[key] = _Query(live.sql, live.options, bounds, taking_part)
         query.subscriptions.add(subscription)
         self._counts[peer] = self._counts.get(peer, 0) + 1

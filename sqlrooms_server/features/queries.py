@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from typing import IO, Any
 
 from sqlrooms_server.access.roles import ADMIN, Role
-from sqlrooms_server.db.cursor import Cursor, Result
+from sqlrooms_server.db.batches import Result
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.policy import UNRESTRICTED
 from sqlrooms_server.db.results import BROKEN_ARROW, Chunk, arrow_chunks, json_chunks
@@ -81,6 +82,7 @@ class Queries(Feature):
         request = self._request(peer, query)
         if seen is not None:
             self._plugins.follow(request, seen)
+            seen = self._plugins.taken_part_in(seen)
         if query.options.session is not None:
             name = query.options.session
             submitted = self._submit_in_session(request, query, name, bounds, seen)
@@ -156,7 +158,7 @@ class Queries(Feature):
                 tables = yield from self._rooms.read(request, wanted)
         with open_cursor() as cursor:
             request.cursor = cursor
-            if seen is not None and self._plugins.takes_part:
+            if seen is not None:
                 self._plugins.prepare(cursor, seen)
             if wanted is not None:
                 is_fresh = query.options.session is None
@@ -169,7 +171,7 @@ class Queries(Feature):
                 )
             if query.options.progress:
                 cursor.show_progress()
-            if seen is None or not self._plugins.takes_part:
+            if seen is None:
                 result = cursor.run(query.sql, query.options.params, query.formats)
             else:
                 result = self._plugins.ask(cursor, seen, query.formats)

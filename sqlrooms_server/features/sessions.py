@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-from sqlrooms_server.db.cursor import Cursor, SharedCursor
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.policy import Policy
+from sqlrooms_server.db.shared_cursor import SharedCursor
 from sqlrooms_server.errors import Busy, Gone, ServerError
 from sqlrooms_server.features import Feature, MessageHandler
 from sqlrooms_server.features.requests import as_server_error

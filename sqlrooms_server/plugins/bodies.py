@@ -20,10 +20,9 @@ from sqlrooms_server.transport import Exchange
 if TYPE_CHECKING:
     import asyncio
 
-# Of a body that comes: above the first mark the client waits, below the other one it goes on. Half
-# a megabyte more may be on its way.
+# Of a body that comes: above it the client waits until all of that was taken. Half a megabyte more
+# may be on its way.
 _HIGH_BYTES = 1 << 20
-_LOW_BYTES = 1 << 19
 
 # Of an answer: more would only be memory, of as many clients as read slowly.
 _AHEAD_BYTES = 512 << 10

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlrooms_server.db import values
-from sqlrooms_server.db.cursor import Cursor, Result
+from sqlrooms_server.db.batches import Result
+from sqlrooms_server.db.cursor import Cursor
 from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.policy import Policy
 from sqlrooms_server.db.results import BROKEN_ARROW, arrow_chunks

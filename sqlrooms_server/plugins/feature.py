@@ -45,7 +45,10 @@ class _Guest:
 
 
 class Plugins(Feature):
-    """A feature. ``kinds`` are the types of messages that plugins have. Raises ``StartupError``."""
+    """A feature. ``all`` are the plugins, ``kinds`` the types of messages that they have.
+
+    Raises ``StartupError``.
+    """
 
     def __init__(
         self,
@@ -54,7 +57,7 @@ class Plugins(Feature):
         runner: Runner,
         prepare: Callable[[Cursor, Client], None],
     ) -> None:
-        self._plugins = self.all = plugins
+        self.all = plugins
         self._host = host
         self._runner = runner
         self._prepare = prepare
@@ -110,14 +113,14 @@ class Plugins(Feature):
 
     def begin(self) -> None:
         """Before the database is open. Raises ``StartupError``."""
-        for plugin in self._plugins:
+        for plugin in self.all:
             self._begun.append(plugin)
             self._phase(plugin, "starting")
 
     def open(self, engine: Engine, requests: Requests, settings: Settings) -> None:
         """The database is open. Raises ``StartupError``."""
         self._host.start(engine)
-        for plugin in self._plugins:
+        for plugin in self.all:
             self._phase(plugin, "started")
         self._calls = Calls(
             *(engine, requests, self._runner, settings, self._prepare, self._host.resuming)

@@ -13,9 +13,6 @@ from sqlrooms_server.plugins.waiting import Waiting
 from sqlrooms_server.protocol.streams import stream_data_head
 from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Chunk, Pull
 
-# A message ends above it, as those of chunked results do.
-_FRAME_BYTES = 1 << 20
-
 
 class Receiver(Protocol):
     """The request that an output belongs to."""
@@ -128,18 +125,7 @@ class Output:
     def pull_frame(self) -> list[Chunk] | Pull:
         if self._receiver.answered or self._is_sent:
             return Pull.WITHDRAWN
-        pieces: list[Chunk] = []
-        size, last = 0, False
-        while size < _FRAME_BYTES and not last:
-            limit = self._room(size)
-            if limit <= 0:
-                break
-            pulled = self._outbox.pull(limit)
-            if isinstance(pulled, Pull):
-                break
-            piece, last = pulled
-            pieces.append(piece)
-            size += len(piece)
+        pieces, size, last = self._outbox.pull_frame(self._room)
         if not pieces:
             return Pull.NOT_READY
         self._receiver.moved()

@@ -1,4 +1,4 @@
-"""One app: who may come to it, what clients can ask of it, and the database that it asks."""
+"""The parts of an app, and the order in which they start and end."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sqlrooms_server import routing
-from sqlrooms_server.access import Access, Identity
+from sqlrooms_server.access import Access
+from sqlrooms_server.app.answering import Answering
+from sqlrooms_server.app.dispatch import Dispatch
+from sqlrooms_server.app.inbox import Inbox
 from sqlrooms_server.app_config import in_app
 from sqlrooms_server.builtin import configured
 from sqlrooms_server.databases import Databases
 from sqlrooms_server.db.room_store import RoomStore
-from sqlrooms_server.errors import Busy, ServerError, ShuttingDown, StartupError
-from sqlrooms_server.features import Feature, MessageHandler, Route
+from sqlrooms_server.errors import ShuttingDown, StartupError
+from sqlrooms_server.features import Feature, Route
 from sqlrooms_server.features.cached import CachedQueries
 from sqlrooms_server.features.channels import Channels
 from sqlrooms_server.features.chunked import Acks
@@ -24,7 +26,7 @@ from sqlrooms_server.features.health import Health
 from sqlrooms_server.features.interception import Interception
 from sqlrooms_server.features.live import LiveQueries
 from sqlrooms_server.features.queries import Queries
-from sqlrooms_server.features.requests import Requests, as_server_error
+from sqlrooms_server.features.requests import Requests
 from sqlrooms_server.features.resuming import Resuming
 from sqlrooms_server.features.room_queries import RoomReader
 from sqlrooms_server.features.rooms import NoRooms, Rooms
@@ -33,7 +35,6 @@ from sqlrooms_server.features.uploads import Uploads
 from sqlrooms_server.features.watches import Watches
 from sqlrooms_server.gate import Gate
 from sqlrooms_server.jobs import Scheduler
-from sqlrooms_server.messages import Auth, Cancel, Message, UploadChunk
 from sqlrooms_server.peer import Audience, Peer
 from sqlrooms_server.plugin import Plugin
 from sqlrooms_server.plugin.chain import Chain
@@ -42,10 +43,9 @@ from sqlrooms_server.plugins.authenticating import Authenticator
 from sqlrooms_server.plugins.authorizing import Authorizer
 from sqlrooms_server.plugins.feature import Plugins
 from sqlrooms_server.plugins.host import Host
-from sqlrooms_server.plugins.http import error_response
 from sqlrooms_server.plugins.objects import Objects
 from sqlrooms_server.plugins.runner import Runner
-from sqlrooms_server.protocol import Limits, decode, encode
+from sqlrooms_server.protocol import Limits
 from sqlrooms_server.rooms.child import is_available
 from sqlrooms_server.rooms.keeping import RoomLimits
 from sqlrooms_server.rooms.pool import Pool
@@ -55,9 +55,6 @@ from sqlrooms_server.timers import Timers
 from sqlrooms_server.transport import Connection, Exchange, HttpRequest, Refusal, Topic
 
 log = logging.getLogger(__name__)
-
-# What an early message costs besides its bytes.
-_EARLY_ENTRY_BYTES = 200
 
 # For each step of taking a start back.
 _UNDO_SECONDS = 1.0
@@ -97,30 +94,26 @@ class App:
         name: str = "",
         path: str = "",
     ) -> None:
-        self.settings = self._settings = settings
+        self.settings = settings
         self.name = name
         self.path = path
         self._shared = shared
-        self._limits = Limits(settings.max_message_size, settings.max_sql_length)
-        self._handlers: dict[type, MessageHandler] = {}
-        self._is_ready = False
-        # Messages that came before the database was open, and their bytes.
-        self._early: list[tuple[Peer, bytes, bool]] = []
-        self._early_bytes = 0
+        limits = Limits(settings.max_message_size, settings.max_sql_length)
         plugins = [*configured(settings), *plugins]
         self._hooks = Chain(plugins)
         self._journal = Journal(self._hooks.query_done, settings.plugin_backlog)
         self.runner = Runner(settings, shared.timers, shared.post)
         self._authenticator = Authenticator(self._hooks.authenticate, self.runner)
         self.gate = Gate(
-            *(settings, access, self._limits, shared.timers, shared.post, self._admitted),
-            *(self._authenticator, self._hear),
+            *(settings, access, limits, shared.timers, shared.post, self._admitted),
+            *(self._authenticator, self.message),
         )
+        self.dispatch = dispatch = Dispatch()
         # None without a plugin that is asked, so that nothing else is asked then.
         self._authorizer: Authorizer | None = None
         if self._hooks.authorize:
             self._authorizer = Authorizer(
-                self._hooks.authorize, self.runner, settings, self._carry_out, self._refuse
+                self._hooks.authorize, self.runner, settings, dispatch.carry_out, dispatch.refuse
             )
         # Nobody but plugins looks at most of them.
         self.reads_all_headers = bool(self._authenticator)
@@ -135,13 +128,18 @@ class App:
             *(settings, self.runner, self.channels, self.connections, self.objects),
             *(access.roles, lambda: self.gate.needs_token, name, path),
         )
-        host.perform, host.leave = self._perform, self._leave
+        host.perform, host.leave = dispatch.perform, self._leave
         self.resuming: Resuming | None = None
         if settings.resume_window:
             host.resuming = self.resuming = Resuming(settings, shared.timers, shared.post)
         self.room_store: RoomStore | None = None
         self.plugins = Plugins([*plugins, self.objects], host, self.runner, self._hooks.prepare)
-        self._kinds = self.plugins.kinds
+        self._inbox = Inbox(
+            settings, limits, self.plugins.kinds, self.gate, self._authorizer, dispatch
+        )
+        self._answering = Answering(
+            lambda: self.routes, self.gate.http, self._authorizer, settings.max_notify_size
+        )
         # Those that need no database. The others join when it is open.
         self._features: Sequence[Feature] = (self.health, self.connections, self.plugins)
 
@@ -154,7 +152,7 @@ class App:
             return self._open(scheduler, databases)
 
     def _open(self, scheduler: Scheduler, databases: Databases) -> contextlib.ExitStack:
-        if self._settings.sync and not is_available():
+        if self.settings.sync and not is_available():
             raise StartupError(
                 "--sync needs the package loro, which is not installed: "
                 "pip install 'sqlrooms-server[sync]'."
@@ -164,14 +162,14 @@ class App:
             undo.callback(self.plugins.end, "stopped")
             self.plugins.begin()
             self.database = databases.open(self.name)
-            if self._settings.sync:
+            if self.settings.sync:
                 self.room_store = databases.open_rooms(self.name)
             undo.callback(
                 lambda: self.close_rooms(time.monotonic(), time.monotonic() + _UNDO_SECONDS)
             )
             self._join_features(scheduler)
             self.objects.open(self.database.engine, self.requests)
-            self.plugins.open(self.database.engine, self.requests, self._settings)
+            self.plugins.open(self.database.engine, self.requests, self.settings)
             return undo.pop_all()
 
     def begin(self) -> None:
@@ -216,7 +214,7 @@ class App:
         return is_quiet
 
     def _join_features(self, scheduler: Scheduler) -> None:
-        settings, post, timers = self._settings, self._shared.post, self._shared.timers
+        settings, post, timers = self.settings, self._shared.post, self._shared.timers
         database, engine = self.database, self.database.engine
         self.requests = Requests(
             scheduler,
@@ -264,11 +262,10 @@ class App:
             Watches(engine, timers, post, meta_namespace=settings.meta_namespace),
             LiveQueries(engine, scheduler, timers, self.requests, settings, taking_part),
         )
-        for feature in self._features:
-            self._handlers.update(feature.handlers)
+        self.dispatch.open(self._features, self.uploads, self.interception)
 
     def _open_rooms(self, store: RoomStore) -> Rooms:
-        settings = self._settings
+        settings = self.settings
         limits = RoomLimits(
             max_size=settings.max_room_size,
             memory=settings.room_memory,
@@ -282,13 +279,10 @@ class App:
         return Rooms(settings, self._shared.post, open_pool)
 
     def _begin(self) -> None:
-        self._is_ready = True
+        self._answering.begin()
         self.plugins.admit()
         self._authenticator.open()
-        early, self._early = self._early, []
-        for peer, data, is_text in early:
-            if peer.is_open:
-                self._hear(peer, data, is_text)
+        self._inbox.begin(self.requests)
 
     # What the server hands on from the transport.
 
@@ -304,68 +298,8 @@ class App:
         for feature in self._features:
             feature.opened(peer)
 
-    def message(self, peer: Peer, connection: Connection, data: bytes, is_text: bool) -> None:
-        self._hear(peer, data, is_text)
-
-    def _hear(self, peer: Peer, data: bytes, is_text: bool) -> None:
-        if peer.identity is None:
-            # Needs no database, and they have little time.
-            self.gate.message(peer, data, is_text)
-            return
-        if not self._is_ready:
-            self._keep_early(peer, data, is_text)
-            return
-        try:
-            message = decode(data, is_text=is_text, limits=self._limits, kinds=self._kinds)
-        except ServerError as error:
-            self.requests.reject(peer, error)
-            return
-        if isinstance(message, Auth):
-            self.gate.authenticate(peer, message)
-            return
-        if peer.role.request_rate:
-            try:
-                self.gate.check_rate(peer, message)
-            except Busy as error:
-                peer.send_error(error)
-                self.interception.refused(peer, message, error)
-                return
-        if self._authorizer is None:
-            self._carry_out(peer, message)
-        elif not (isinstance(message, Cancel) and self._cancel_early(peer, message)):
-            self._authorizer.take(peer, message, len(data))
-
-    def _carry_out(self, peer: Peer, message: Message) -> None:
-        """Handle ``message``, which ``peer`` may send."""
-        try:
-            self._handlers[type(message)](peer, message)
-        except ServerError as error:
-            peer.send_error(error)
-        except Exception as error:  # top guard of a message: its sender waits for an answer
-            told = as_server_error(error)
-            told.query_id = getattr(message, "query_id", None)
-            peer.send_error(told)
-
-    def _refuse(self, peer: Peer, message: Message, error: ServerError, goes_on: bool) -> None:
-        """Answer ``message`` with ``error``, before anything of it began. When it ``goes_on``,
-        more of it will come, which is ignored."""
-        told = type(error)(str(error), getattr(message, "query_id", None))
-        told.channel = getattr(message, "channel", None)
-        told.room = getattr(message, "room", None)
-        if goes_on and isinstance(message, UploadChunk):
-            self.uploads.refused(peer, message)
-        peer.send_error(told)
-        self.interception.refused(peer, message, told)
-
-    def _cancel_early(self, peer: Peer, cancel: Cancel) -> bool:
-        """Cancel what waits to be allowed; False when there is nothing of that id."""
-        assert self._authorizer is not None
-        if self.requests.find(peer, cancel.query_id) is not None:
-            return False
-        if not self._authorizer.cancel(peer, cancel.query_id):
-            return False
-        peer.send(encode({"type": "cancelAck", "queryId": cancel.query_id, "cancelled": True}))
-        return True
+    def message(self, peer: Peer, data: bytes, is_text: bool) -> None:
+        self._inbox.take(peer, data, is_text)
 
     def closed(self, peer: Peer) -> None:
         self.gate.closed(peer)
@@ -378,66 +312,10 @@ class App:
         for feature in self._features:
             feature.closed(peer)
 
-    def _perform(self, peer: Peer, message: Message) -> None:
-        self._handlers[type(message)](peer, message)
+    def http(self, request: HttpRequest, exchange: Exchange) -> None:
+        self._answering.answer(request, exchange)
 
     @property
     def routes(self) -> list[Route]:
         """The HTTP requests that it answers. From any thread; more are there once it is open."""
         return [route for feature in self._features for route in feature.routes]
-
-    def http(self, request: HttpRequest, exchange: Exchange) -> None:
-        exchange.add_headers(self.gate.shared_with(request))
-        route = routing.route_for(self.routes, request, exchange, self.gate)
-        if route is None:
-            return
-        if route.is_public:
-            self._answer_with(route, request, exchange, self.gate.known(request))
-        else:
-            self.gate.identify(request, lambda found: self._answer(route, request, exchange, found))
-
-    def _answer(
-        self,
-        route: Route,
-        request: HttpRequest,
-        exchange: Exchange,
-        found: Identity | Refusal,
-    ) -> None:
-        """Answer ``request`` of somebody who was ``found``, if that one may ask it."""
-        if isinstance(found, Refusal):
-            exchange.respond(found.status, found.text.encode())
-            return
-        if self._authorizer is None:
-            self._answer_with(route, request, exchange, found)
-            return
-        if not self._is_ready:
-            # Plugins have not started.
-            exchange.respond(503, b"the server is starting")
-            return
-
-        def then(error: ServerError | None) -> None:
-            if error is None:
-                self._answer_with(route, request, exchange, found)
-            else:
-                refused = error_response(error)
-                exchange.respond(refused.status, refused.body, refused.content_type)
-
-        self._authorizer.http(request, found, then)
-
-    def _answer_with(
-        self, route: Route, request: HttpRequest, exchange: Exchange, identity: Identity | None
-    ) -> None:
-        most = self._settings.max_notify_size
-        try:
-            routing.answer_with(route, request, exchange, identity, most)
-        except Exception:  # loop-callback guard: one that is never answered ends the process
-            log.exception("An HTTP request failed.")
-            exchange.respond(500, b"internal error")
-
-    def _keep_early(self, peer: Peer, data: bytes, is_text: bool) -> None:
-        size = len(data) + _EARLY_ENTRY_BYTES
-        if self._early_bytes + size > self._settings.max_queued_bytes:
-            peer.abort()
-            return
-        self._early_bytes += size
-        self._early.append((peer, data, is_text))

@@ -1,4 +1,4 @@
-"""The gate: who gets in, and what becomes of those who do not."""
+"""The gate of WebSockets: who gets in, until when, and what becomes of those who do not."""
 
 from __future__ import annotations
 
@@ -6,32 +6,19 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from sqlrooms_server.access import EVERYBODY, Access, Identity
-from sqlrooms_server.access.cors import shared_with
 from sqlrooms_server.access.credentials import UNAUTHORIZED, Credentials
-from sqlrooms_server.access.roles import Role
 from sqlrooms_server.access.strangers import Strangers
 from sqlrooms_server.access.token_file import TokenFile
 from sqlrooms_server.errors import Busy, ServerError, StartupError, Unauthorized
-from sqlrooms_server.messages import (
-    OF_OPEN_OBJECTS,
-    Ack,
-    Auth,
-    Cancel,
-    Message,
-    PluginMessage,
-    RoomPresence,
-    RoomUpdate,
-    StreamAck,
-    StreamData,
-    UploadChunk,
-)
+from sqlrooms_server.gate.floods import Floods
+from sqlrooms_server.gate.http import HttpGate
+from sqlrooms_server.gate.questions import MAX_WAITING_BYTES, Asked, Plugins, Questions, presented
+from sqlrooms_server.gate.request_rates import RequestRates
+from sqlrooms_server.messages import Auth, Message
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.protocol import Limits, decode, encode
-from sqlrooms_server.rates import Rates
 from sqlrooms_server.settings import Settings
 from sqlrooms_server.timers import Timer, Timers
 from sqlrooms_server.transport import HttpRequest, Refusal
@@ -41,18 +28,9 @@ log = logging.getLogger(__name__)
 # An auth message; anything longer from a stranger is not worth decoding.
 _MAX_AUTH_BYTES = 16 << 10
 
-# A message waits in memory until it is complete, and may be of any size that others may send. How
-# often it is looked who sends more than an auth message, and how much that is, with its frame and
-# what the TLS library reads ahead.
-_WATCH_SECONDS = 0.25
+# What a stranger may send in all: an auth message with its frame, and what the TLS library reads
+# ahead.
 _MAX_STRANGER_BYTES = 64 << 10
-
-# While plugins are asked who somebody is, who does not know that and begins to ask. Somebody else
-# can make that last as long, with as much: so many times --max-strangers.
-_MAX_WAITING_BYTES = 1 << 20
-
-# What a message that waits costs besides its bytes.
-_ENTRY_BYTES = 200
 
 _AUTH_ACK = encode({"type": "authAck"})
 
@@ -66,46 +44,10 @@ _LOOK_SECONDS = 60.0
 _POLICY = 1008
 _RESTART = 1012
 
-# What belongs to a request that was counted, or has a limit of its own.
-_NO_REQUESTS = (Ack, Cancel, UploadChunk, RoomUpdate, RoomPresence, StreamAck, StreamData)
-
-
-class Question(Protocol):
-    """What plugins are asked. ``asked`` is the one whose answer is awaited."""
-
-    asked: str
-
-    def forget(self) -> None:
-        """Nobody waits for the answer any more."""
-
-
-class Plugins(Protocol):
-    """Those that know who somebody is; false when there are none."""
-
-    def __bool__(self) -> bool: ...
-
-    def ask(
-        self,
-        request: HttpRequest,
-        token: str | None,
-        then: Callable[[Identity | ServerError | None], None],
-    ) -> Question:
-        """Tell ``then``, soon, who presents that; None when nobody knows."""
-
-
-@dataclass(eq=False)
-class _Asked:
-    """Somebody about whom plugins are asked, and the messages that wait for the answer."""
-
-    token: str | None
-    is_message: bool
-    question: Question | None = None
-    waiting: list[tuple[bytes, bool]] = field(default_factory=list)
-    size: int = 0
-
 
 class Gate:
-    """Stands before every kind of frame and every request.
+    """Stands before every kind of frame; ``http`` stands before every request, and ``rates``
+    knows who asks too often.
 
     For the loop thread, but for :meth:`reload`.
     """
@@ -132,27 +74,25 @@ class Gate:
         self._admitted = admitted
         self._plugins = plugins
         self._heard = heard
-        self._asked: dict[Peer, _Asked] = {}
+        self._questions = Questions(plugins, self._told)
+        self.rates = RequestRates()
         max_failures, others_know = settings.max_auth_failures, bool(plugins)
         self._credentials = Credentials(access, max_failures, others_know=others_know)
         # Pages can send requests with wrong tokens, and browsers do not tell the origin of images.
         # That must not keep a visitor of such a page from connecting.
         self._over_http = Credentials(access, max_failures, others_know=others_know)
+        self.http = HttpGate(access, self._over_http, plugins, self.rates)
         # Those that are connected and have not said who they are.
         self._strangers: Strangers[Peer] = Strangers(settings.max_strangers)
-        # What had come on their sockets before.
-        self._received: dict[Peer, int] = {}
-        self._is_watching = False
+        self._floods = Floods(timers, post, self._most_bytes, self._flooded)
         # Those that are known.
         self._known: set[Peer] = set()
-        # By how much is allowed. Over HTTP, where connections do not last, it is a user who may.
-        self._rates: dict[int, Rates[Peer | str]] = {}
         # When a stranger has waited too long, and when an identity expires.
         self._deadlines: dict[Peer, Timer] = {}
 
     @property
     def needs_token(self) -> bool:
-        return self._access.needs_token or bool(self._plugins)
+        return self._credentials.needs_token
 
     def reload(self) -> None:
         """Read the file of tokens again. Who is no longer in it is disconnected.
@@ -190,7 +130,7 @@ class Gate:
 
     def upgrade(self, request: HttpRequest) -> Peer | Refusal:
         """The client that a WebSocket will belong to, or why it may not come."""
-        refusal = self.refusal(request)
+        refusal = self.http.refusal(request)
         if refusal is not None:
             return refusal
         peer = Peer(request)
@@ -224,33 +164,28 @@ class Gate:
             self._admit(peer, peer.identity)
         else:
             self._strangers.add(peer, peer.remote_address)
-            self._received[peer] = peer.received_bytes
-            self._watch_strangers()
+            self._floods.add(peer)
             self._after(self._settings.auth_timeout, peer, self._give_up)
             if self._plugins and peer.request is not None:
                 token = self._access.token_of(peer.request)
                 # Without a token it may still present one.
                 if token is not None or self._may_be_asked(peer.request) is None:
-                    self._ask(peer, _Asked(token, is_message=False))
+                    self._questions.ask(peer, token, is_message=False)
 
     def closed(self, peer: Peer) -> None:
         """Its connection is gone."""
-        asked = self._asked.pop(peer, None)
-        if asked is not None and asked.question is not None:
-            asked.question.forget()
+        self._questions.forget(peer)
         self._no_stranger(peer)
         self._known.discard(peer)
         self._stop_timer(peer)
-        for rates in self._rates.values():
-            rates.forget(peer)
+        self.rates.forget(peer)
 
     def message(self, peer: Peer, data: bytes, is_text: bool) -> None:
         """A message of somebody without identity: only the right token gives one."""
         if peer.is_refused:
             return
-        asked = self._asked.get(peer)
-        if asked is not None:
-            self._let_wait(peer, asked, data, is_text)
+        if peer in self._questions:
+            self._let_wait(peer, data, is_text)
             return
         message: Message | None = None
         if is_text and len(data) <= _MAX_AUTH_BYTES:
@@ -268,12 +203,12 @@ class Gate:
         if not self.needs_token:
             peer.send(_AUTH_ACK)
             return
-        if peer in self._asked:
+        if peer in self._questions:
             peer.send_error(Busy("Who presented the last token is not known yet."))
             return
         found = self._credentials.identify(message.token, peer.remote_address)
         if found is None:
-            self._ask(peer, _Asked(message.token, is_message=True))
+            self._questions.ask(peer, message.token, is_message=True)
         else:
             self._use_found(peer, found)
 
@@ -289,37 +224,21 @@ class Gate:
             self._admit(peer, found)
             peer.send(_AUTH_ACK)
 
-    def _let_wait(self, peer: Peer, asked: _Asked, data: bytes, is_text: bool) -> None:
-        asked.size += len(data) + _ENTRY_BYTES
-        if asked.size > _MAX_WAITING_BYTES:
-            size = _MAX_WAITING_BYTES
-            self._disconnect(peer, f"over {size} bytes came before it was known from whom")
+    def _let_wait(self, peer: Peer, data: bytes, is_text: bool) -> None:
+        if not self._questions.keep(peer, data, is_text):
+            most = MAX_WAITING_BYTES
+            self._disconnect(peer, f"over {most} bytes came before it was known from whom")
             peer.abort()
-        else:
-            asked.waiting.append((data, is_text))
 
     def _may_be_asked(self, request: HttpRequest) -> Refusal | None:
         """Why plugins are not asked about ``request``; None when they are."""
-        return self._credentials.wait(request.remote_address, _presented(request, None))
+        return self._credentials.wait(request.remote_address, presented(request, None))
 
-    def _ask(self, peer: Peer, asked: _Asked) -> None:
-        """Ask plugins about ``peer``."""
-        assert peer.request is not None
-        self._asked[peer] = asked
-
-        def then(found: Identity | ServerError | None) -> None:
-            self._told(peer, asked, found)
-
-        asked.question = self._plugins.ask(peer.request, asked.token, then)
-
-    def _told(self, peer: Peer, asked: _Asked, found: Identity | ServerError | None) -> None:
-        if self._asked.get(peer) is not asked:
-            return
-        del self._asked[peer]
+    def _told(self, peer: Peer, asked: Asked, found: Identity | ServerError | None) -> None:
         assert peer.request is not None
         address = peer.remote_address
         if isinstance(found, Identity):
-            self._credentials.right(address, _presented(peer.request, asked.token))
+            self._credentials.right(address, presented(peer.request, asked.token))
             if asked.is_message:
                 self._use_found(peer, found)
             else:
@@ -332,88 +251,6 @@ class Gate:
             self._use_found(peer, self._credentials.wrong(address))
         for data, is_text in asked.waiting:
             self._heard(peer, data, is_text)
-
-    def check_rate(self, peer: Peer, message: Message) -> None:
-        """Raise ``Busy`` when ``peer`` asks more often than its role may."""
-        role = peer.role
-        if isinstance(message, PluginMessage) and message.kind in OF_OPEN_OBJECTS:
-            return
-        if not isinstance(message, _NO_REQUESTS) and not self._may_ask(role, peer):
-            text = (
-                f"This connection sends more than {role.request_rate} requests a second, which is "
-                f"the limit of role {role.name!r}."
-            )
-            raise Busy(text, getattr(message, "query_id", None))
-
-    def _may_ask(self, role: Role, key: Peer | str) -> bool:
-        rate = role.request_rate
-        return not rate or self._rates.setdefault(rate, Rates(rate)).allows(key)
-
-    def identify(self, request: HttpRequest, then: Callable[[Identity | Refusal], None]) -> None:
-        """Tell ``then`` who sent ``request``, or why it is not answered. Later, if plugins are
-        asked."""
-        found: Identity | Refusal | None = self.refusal(request)
-        if found is None and not self.needs_token:
-            then(EVERYBODY)
-            return
-        found = found or self._over_http.of(request)
-        if found is None and self._plugins:
-            token = self._access.token_of(request)
-            presented = _presented(request, token)
-            found = self._over_http.wait(request.remote_address, presented)
-            if found is None:
-                self._plugins.ask(
-                    request, token, lambda found: then(self._told_over_http(request, token, found))
-                )
-                return
-        then(self._in_rate(found or Refusal(401, UNAUTHORIZED)))
-
-    def _told_over_http(
-        self, request: HttpRequest, token: str | None, found: Identity | ServerError | None
-    ) -> Identity | Refusal:
-        address = request.remote_address
-        if isinstance(found, Identity):
-            self._over_http.right(address, _presented(request, token))
-            return self._in_rate(found)
-        if found is None and token is None:
-            return Refusal(401, UNAUTHORIZED)
-        if found is None or isinstance(found, Unauthorized):
-            self._over_http.wrong(address)
-            return Refusal(401, UNAUTHORIZED if found is None else f"{UNAUTHORIZED}: {found}")
-        log.warning("Could not tell who sent a request from %s: %s", address, found)
-        return Refusal(503, f"{found}\n")
-
-    def _in_rate(self, found: Identity | Refusal) -> Identity | Refusal:
-        if isinstance(found, Refusal) or self._may_ask(found.role, found.user):
-            return found
-        role = found.role
-        text = f"More than {role.request_rate} requests a second, the limit of role {role.name!r}."
-        return Refusal(429, text)
-
-    def known(self, request: HttpRequest) -> Identity | None:
-        """Who sent ``request``, which is answered in any case, and at once; None for a stranger,
-        and for somebody whom only plugins know."""
-        if self._access.origins.refuses(request) is not None:
-            return None
-        if not self.needs_token:
-            return EVERYBODY
-        found = self._over_http.of(request)
-        return None if isinstance(found, Refusal) else found
-
-    def shared_with(self, request: HttpRequest) -> dict[str, str]:
-        """The headers that let the page which sent ``request`` read the answer, if it may."""
-        if "origin" not in request.headers:
-            return {}
-        may_come = self._access.origins.refuses(request) is None
-        return shared_with(request, may_come=may_come)
-
-    def refusal(self, request: HttpRequest) -> Refusal | None:
-        """Why a page of that origin, or under that host name, may not come."""
-        reason = self._access.origins.refuses(request)
-        if reason is None:
-            return None
-        log.warning("Refused a request from %s: %s.", request.remote_address, reason)
-        return Refusal(403, f"{reason}\n")
 
     def _admit(self, peer: Peer, identity: Identity) -> None:
         peer.identify(identity)
@@ -429,34 +266,24 @@ class Gate:
 
     def _no_stranger(self, peer: Peer) -> None:
         self._strangers.discard(peer)
-        self._received.pop(peer, None)
+        self._floods.discard(peer)
 
-    def _watch_strangers(self) -> None:
-        if not self._is_watching and self._received:
-            self._is_watching = True
-            self._timers.after(_WATCH_SECONDS, lambda: self._post(self._look_at_strangers))
+    def _most_bytes(self, peer: Peer) -> int:
+        return MAX_WAITING_BYTES if peer in self._questions else _MAX_STRANGER_BYTES
 
-    def _look_at_strangers(self) -> None:
-        """Disconnect those who send what only others may."""
-        self._is_watching = False
-        for peer, before in list(self._received.items()):
-            most = _MAX_WAITING_BYTES if peer in self._asked else _MAX_STRANGER_BYTES
-            if peer.received_bytes - before > most:
-                self._disconnect(peer, "no token came first")
-                # It may go on sending for as long as it is open.
-                peer.abort()
-        self._watch_strangers()
+    def _flooded(self, peer: Peer) -> None:
+        self._disconnect(peer, "no token came first")
+        # It may go on sending for as long as it is open.
+        peer.abort()
 
     def _give_up(self, peer: Peer) -> None:
         if peer in self._strangers:
             within = f"within {self._settings.auth_timeout} s (--auth-timeout)"
-            asked = self._asked.get(peer)
-            if asked is None or asked.question is None:
+            plugin = self._questions.awaited(peer)
+            if plugin is None:
                 self._disconnect(peer, f"no token came {within}")
             else:
-                self._disconnect(
-                    peer, f"plugin {asked.question.asked!r} did not tell who this is {within}"
-                )
+                self._disconnect(peer, f"plugin {plugin!r} did not tell who this is {within}")
 
     def _expire(self, peer: Peer) -> None:
         identity = peer.identity
@@ -490,8 +317,3 @@ class Gate:
         timer = self._deadlines.pop(peer, None)
         if timer is not None:
             timer.cancel()
-
-
-def _presented(request: HttpRequest, token: str | None) -> str:
-    """What somebody is known by: what plugins look at if there is no token."""
-    return token or request.headers.get("cookie", "")
