@@ -440,5 +440,5 @@ class Scheduler:
     def _call_done(job: Job, error: BaseException | None) -> None:
         try:
             job._done(error)
-        except Exception:  # worker-top guard: a defect in a callback must not end the worker
+        except BaseException:  # worker-top guard: a defect in a callback must not end the worker
             log.exception("The callback of a job failed.")

@@ -31,6 +31,7 @@ from sqlrooms_server.plugins.authorizing import ASKED, AT_ONCE, IN_TURN
 from tests.conftest import LocalServer
 from tests.test_plugin_hooks import Done, tokens
 from tests.test_plugins import fetch
+from tests.test_transport import raw_websocket
 from tests.wire import DEADLINE, Wire, framed, ipc
 
 Launch = Callable[..., LocalServer]
@@ -445,3 +446,41 @@ def test_nothing_slips_past() -> None:
     names = {kind.__name__ for kind in (*IN_TURN, *AT_ONCE)}
     streams = {"StreamData", "StreamAck"}
     assert names == {"Hello", "RoomUpdate", "RoomPresence", "Auth", "Cancel", "Ack", *streams}
+
+
+def masked(**fields: Any) -> bytes:
+    """A text frame of a client, short and with a mask of zeros."""
+    text = json.dumps(fields).encode()
+    return bytes([0x81, 0x80 | len(text), 0, 0, 0, 0]) + text
+
+
+def test_what_waits_to_be_allowed_ends_with_its_sender(launch: Launch, plugin: Plugin) -> None:
+    asked, answers, done = threading.Event(), threading.Event(), threading.Event()
+    handled: list[Any] = []
+
+    @plugin.hook
+    def authenticate(credentials: Credentials) -> Identity | None:
+        return Identity(credentials.token, ADMIN) if credentials.token else Identity("ada", ADMIN)
+
+    @plugin.hook
+    def authorize(client: Any, action: Action) -> None:
+        asked.set()
+        assert answers.wait(DEADLINE)
+
+    @plugin.hook
+    def query_done(query: Any, outcome: Any) -> None:
+        handled.append(outcome.error.code)
+        done.set()
+
+    plugin.on("act")(lambda call: handled.append(call.client.user))
+    with raw_websocket(launch(plugin).port) as raw:
+        raw.sendall(masked(type="act") + masked(type="exec", sql="select 1", queryId=1))
+        assert asked.wait(DEADLINE)
+        # It leaves the close of the server without an answer.
+        raw.sendall(masked(type="auth", token="eve"))
+        received = b""
+        while b"of another user" not in received:
+            received += raw.recv(1000)
+        answers.set()
+        assert done.wait(DEADLINE)
+    assert handled == ["cancelled"]

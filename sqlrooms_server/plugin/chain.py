@@ -69,7 +69,7 @@ class Chain:
         for plugin, hook in self.prepare_cursor:
             try:
                 hook(native, client)
-            except Exception as error:  # guard: a plugin must fail alone
+            except BaseException as error:  # guard: a plugin must fail alone
                 raise failure(plugin, "prepare_cursor", error) from error
 
     def run(self, query: Query, run: Run) -> Any:
@@ -84,7 +84,7 @@ def _around(plugin: Plugin, hook: Callable[[Query, Run], Any], run: Run) -> Run:
     def call(query: Query) -> Any:
         try:
             value = hook(query, run)
-        except Exception as error:  # guard: a plugin must fail alone
+        except BaseException as error:  # guard: a plugin must fail alone
             raise failure(plugin, "around_query", error) from error
         if isinstance(value, Result):
             if value.is_lost:

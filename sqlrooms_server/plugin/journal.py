@@ -100,7 +100,7 @@ class _Reader:
                 query, outcome = self._waiting.popleft()
                 try:
                     self._hook(query, outcome)
-                except Exception:  # guard: a plugin must fail alone
+                except BaseException:  # guard: a plugin must fail alone
                     log.exception("Plugin %r failed on query_done.", self._plugin.name)
             # Once it has caught up, the next time is worth another warning.
             missed, self._missed = self._missed, 0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 # For tasks that are cancelled when the server stops.
 _LAST_SECONDS = 1.0
@@ -64,9 +67,21 @@ class AsyncLoop:
     def _run(self) -> None:
         assert self._loop is not None
         try:
-            self._loop.run_forever()
+            while not self._runs_to_its_end(self._loop):
+                pass
         finally:
             self._loop.close()
+
+    @staticmethod
+    def _runs_to_its_end(loop: asyncio.AbstractEventLoop) -> bool:
+        """Run ``loop``; False when it broke off, and has to go on for others."""
+        try:
+            loop.run_forever()
+        except (SystemExit, KeyboardInterrupt) as error:
+            # asyncio lets these two through, for programs that have one thread.
+            log.exception("A coroutine of a plugin raised %s.", type(error).__name__)
+            return False
+        return True
 
     def _cancel_all(self) -> None:
         assert self._loop is not None

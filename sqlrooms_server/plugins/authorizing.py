@@ -257,6 +257,10 @@ class Authorizer:
             del self._lines[peer]
 
     def _told(self, peer: Peer, line: _Line, entry: _Entry, error: ServerError | None) -> None:
+        if peer.identity is None:
+            # Its token has expired or was taken back meanwhile, and it may do nothing any more.
+            self.closed(peer)
+            return
         if error is not None:
             self._drop(peer, line, entry, error)
             return

@@ -259,7 +259,9 @@ class ProducedAnswer:
                 is_full = self._way.put(memoryview(chunk)) if len(chunk) else False
             except (StopIteration, StopAsyncIteration):
                 break
-            except Exception as error:  # guard: a plugin must fail alone
+            except GeneratorExit:
+                raise
+            except BaseException as error:  # guard: a plugin must fail alone
                 raise failure(self._plugin, self._what, error) from error
             self._steps += 1
             yield Pause.FULL if is_full else Pause.TURN
@@ -274,7 +276,7 @@ class ProducedAnswer:
         elif hasattr(self._body, "close"):
             try:
                 self._body.close()
-            except Exception as raised:  # guard: a plugin must fail alone
+            except BaseException as raised:  # guard: a plugin must fail alone
                 failure(self._plugin, self._what, raised)
 
 

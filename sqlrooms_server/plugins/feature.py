@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import TimeoutError as OutOfTime
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,7 +133,7 @@ class Plugins(Feature):
         for plugin in self._begun:
             try:
                 self._runner.phase(plugin, "reload", _RELOAD_SECONDS)
-            except Exception:  # guard: the thread that called stops the server, too
+            except BaseException:  # guard: the thread that called stops the server, too
                 log.exception("Plugin %r failed on reload.", plugin.name)
 
     def end(self, phase: str) -> None:
@@ -140,11 +141,11 @@ class Plugins(Feature):
         for plugin in reversed(self._begun):
             try:
                 self._runner.phase(plugin, phase, _STOP_SECONDS)
-            except TimeoutError:
+            except OutOfTime:
                 log.warning(
                     "Plugin %r took longer than %g s on %s.", plugin.name, _STOP_SECONDS, phase
                 )
-            except Exception:  # guard: a plugin must not keep the server from stopping
+            except BaseException:  # guard: a plugin must not keep the server from stopping
                 log.exception("Plugin %r failed on %s.", plugin.name, phase)
 
     def _phase(self, plugin: Plugin, name: str) -> None:

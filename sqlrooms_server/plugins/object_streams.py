@@ -325,7 +325,7 @@ class OpenObject(Request):
             value = self._call_on_close(self._connection.on_close)
             if inspect.iscoroutine(value):
                 self._runner.aio.spawn(awaited(value))
-        except Exception as error:  # guard: nobody waits for it
+        except BaseException as error:  # guard: nobody waits for it
             failure(plugin, what, error)
 
     @staticmethod

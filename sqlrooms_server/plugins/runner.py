@@ -85,7 +85,9 @@ class Runner:
             raise failure(plugin, what, error) from error
         try:
             return finish((yield from self.awaited(value, resume)))
-        except (Exception, SystemExit) as error:  # guard: a plugin must fail alone
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # guard: a plugin must fail alone
             raise failure(plugin, what, error) from error
 
     def awaited(self, coroutine: Any, resume: Callable[[], None]) -> Generator[Pause, None, Any]:

@@ -200,7 +200,7 @@ class ObjectHandler:
     def _close_now(self, on_close: Callable[[], Any]) -> None:
         try:
             on_close()
-        except Exception as error:  # guard: a plugin must fail alone
+        except BaseException as error:  # guard: a plugin must fail alone
             self._log(error)
 
     async def _close_async(self, on_close: Callable[[], Any]) -> None:
@@ -214,7 +214,7 @@ class ObjectHandler:
         except Exception as error:  # guard: a plugin must fail alone
             self._log(error)
 
-    def _log(self, error: Exception) -> None:
+    def _log(self, error: BaseException) -> None:
         log.error(
             "Plugin %r failed on on_close of %r.",
             *(self._plugin.name, self._call.kind),
