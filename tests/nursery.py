@@ -18,9 +18,10 @@ import tempfile
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from sqlrooms_server.cli import main
+from tests.wire import DEADLINE
 
 SPACE = 1 << 16
 
@@ -29,6 +30,7 @@ IMPORTS = (
     "sqlrooms_server.server",
     "sqlrooms_server.query_command.command",
     "sqlrooms_server.query_command.formats",
+    "sqlrooms_server.types_command",
     "sqlrooms_server.client",
     "pyarrow.parquet",
 )
@@ -67,6 +69,12 @@ class Forked:
         return self.returncode
 
 
+class Done(NamedTuple):
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+
+
 class Nursery:
     """The process that is forked; one for all tests of a run."""
 
@@ -99,6 +107,14 @@ class Nursery:
         pid = int(self._socket.recv(SPACE))
         stdout, stderr, status = (read for read, _ in pipes)
         return Forked(pid, status, os.fdopen(stdout, "rb"), os.fdopen(stderr, "rb"))
+
+    def run(self, *arguments: str, **options: Any) -> Done:
+        """The same, to its end."""
+        process = self.fork(*arguments, **options)
+        with process.stdout, process.stderr:
+            # What it says of errors fits into a pipe.
+            stdout, stderr = process.stdout.read(), process.stderr.read()
+            return Done(process.wait(DEADLINE), stdout, stderr)
 
     def close(self) -> None:
         self._socket.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -251,7 +252,7 @@ def test_subscriptions_end_with_the_connection(server: LocalServer) -> None:
             wire.request(type="unsubscribe", channel="c")
         # The connections before this one may still be closing.
         while server.server.connections.count() > 1:
-            pass
+            time.sleep(0.001)
         assert len(hub) == 0
         assert not hub._of_member
 

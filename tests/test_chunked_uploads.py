@@ -6,6 +6,7 @@ import io
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -225,7 +226,7 @@ def test_a_lost_connection_rolls_back(server: LocalServer) -> None:
             send_chunk(wire, several_batches(TABLE)[:20_000], 0, False)
             assert wire.receive()["type"] == "uploadProgress"
         while server.server.scheduler._jobs:
-            pass
+            time.sleep(0.001)
         assert other.rows("from t") == [{"i": 42}]
         assert upload(other, ipc(TABLE))["rows"] == 5000
 
@@ -258,7 +259,7 @@ def test_a_client_that_does_not_wait_is_refused(launch: Callable[..., LocalServe
     with server.connect() as wire, server.connect() as busy:
         busy.send(type="arrow", sql=ENDLESS, queryId="b")
         while not server.server.scheduler._began:
-            pass
+            time.sleep(0.001)
         for seq in range(6):
             send_chunk(wire, bytes(UPLOAD_WINDOW_BYTES // 4), seq, False)
         reply = answer(wire)

@@ -13,6 +13,7 @@ import pytest
 from sqlrooms_server import __version__
 from sqlrooms_server.settings import environment_variable, fields, flag
 from tests.conftest import LocalServer, ServerProcess
+from tests.nursery import Done, Nursery
 from tests.wire import DEADLINE
 
 
@@ -62,19 +63,23 @@ def test_the_console_scripts_are_the_same_program() -> None:
         (("--extensions", "no_such_extension"), "no_such_extension"),
     ],
 )
-def test_what_cannot_start_says_so_in_one_line(arguments: tuple[str, ...], expected: str) -> None:
-    done = run(*arguments) if "--port" in arguments else run("--port", "0", *arguments)
-    assert done.returncode == 2
-    assert expected in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stdout == ""
+def test_what_cannot_start_says_so_in_one_line(
+    nursery: Nursery, arguments: tuple[str, ...], expected: str
+) -> None:
+    port = () if "--port" in arguments else ("--port", "0")
+    assert expected in failure(nursery.run(*port, *arguments))
 
 
-def test_a_port_in_use(server: LocalServer) -> None:
-    done = run("--port", str(server.port))
-    assert done.returncode == 2
-    assert f"Cannot listen on 127.0.0.1 port {server.port}: Address already in use" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def failure(done: Done) -> str:
+    """The one line of a command that cannot start."""
+    assert (done.returncode, done.stdout) == (2, b"")
+    [line] = done.stderr.decode().splitlines()
+    return line
+
+
+def test_a_port_in_use(nursery: Nursery, server: LocalServer) -> None:
+    said = failure(nursery.run("--port", str(server.port)))
+    assert f"Cannot listen on 127.0.0.1 port {server.port}: Address already in use" in said
 
 
 def test_an_unknown_option_is_not_guessed() -> None:

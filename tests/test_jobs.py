@@ -85,6 +85,7 @@ def wait_for_state(job: Job, state: State) -> None:
     deadline = time.monotonic() + DEADLINE
     while job.state is not state:
         assert time.monotonic() < deadline, job.state
+        time.sleep(0.001)
 
 
 def test_a_job_runs_and_ends_once(schedule: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "sqlrooms_server"
@@ -65,6 +66,7 @@ OWNERS = {
 }
 
 
+@cache
 def modules() -> list[tuple[str, ast.Module]]:
     return [
         (str(path.relative_to(PACKAGE)), ast.parse(path.read_text(encoding="utf-8")))
@@ -72,8 +74,13 @@ def modules() -> list[tuple[str, ast.Module]]:
     ]
 
 
+@cache
+def nodes(tree: ast.Module) -> list[ast.AST]:
+    return list(ast.walk(tree))
+
+
 def imports(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -118,7 +125,7 @@ def test_each_dependency_has_one_owner() -> None:
 def test_broad_excepts_are_marked_guards() -> None:
     for name, tree in modules():
         lines = (PACKAGE / name).read_text(encoding="utf-8").splitlines()
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if isinstance(node, ast.ExceptHandler):
                 caught = ast.unparse(node.type) if node.type else ""
                 if caught in ("", "Exception", "BaseException"):

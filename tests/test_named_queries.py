@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -27,6 +26,7 @@ from sqlrooms_server.server import Server
 from sqlrooms_server.settings import Settings
 from tests.conftest import LocalServer, ServerProcess
 from tests.npm import find_program, install_packages
+from tests.nursery import Nursery
 from tests.wire import DEADLINE, Arrow, Wire
 
 # For each type: a value as JSON, and what a result says of it when that is something else.
@@ -664,11 +664,7 @@ def test_types_name_each_bad_file(
     assert types("--queries", tmp_path / "none", "--db-path", sales_db) == 2
 
 
-def test_the_command_line_has_it(tmp_path: Path, sales_db: Path) -> None:
+def test_the_command_line_has_it(nursery: Nursery, tmp_path: Path, sales_db: Path) -> None:
     queries = write(tmp_path / "queries", {"one": "SELECT amount FROM sales"})
-    command = [sys.executable, "-m", "sqlrooms_server", "types"]
-    done = subprocess.run(
-        [*command, "--queries", queries, "--db-path", str(sales_db)],
-        capture_output=True, text=True, timeout=DEADLINE,
-    )  # fmt: skip
-    assert done.returncode == 0 and "export interface OneRow" in done.stdout
+    done = nursery.run("types", "--queries", queries, "--db-path", str(sales_db))
+    assert done.returncode == 0 and b"export interface OneRow" in done.stdout

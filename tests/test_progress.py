@@ -126,9 +126,17 @@ def test_position_in_a_session(wire: Wire) -> None:
 
 def test_none_after_the_answer(wire: Wire) -> None:
     """For short queries none at all; for others none behind their end."""
+    answered = 0
     for number in range(100):
         wire.send(type="exec", sql="select 1", queryId=number, progress=True)
-    assert {wire.receive()["type"] for _ in range(100)} == {"ok"}
+    while answered < 100:
+        reply = wire.receive()
+        if reply["type"] == "progress":
+            # On a busy machine it was not short.
+            assert reply["queuedMs"] + reply["runningMs"] >= 150
+        else:
+            assert reply["type"] == "ok"
+            answered += 1
     ended: set[Any] = set()
     for number in range(8):
         rows = 3_000_000 * (number + 1)

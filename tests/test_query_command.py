@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -24,17 +24,11 @@ from sqlrooms_server.client import Client, Progress, connect
 from sqlrooms_server.query_command.cells import json_texts, texts
 from sqlrooms_server.query_command.table import TablePreview
 from tests.conftest import LocalServer
-from tests.nursery import Nursery
+from tests.nursery import Done, Nursery
 from tests.test_queries import ENDLESS
 from tests.wire import DEADLINE
 
 COMMAND = (sys.executable, "-m", "sqlrooms_server", "query")
-
-
-class Done(NamedTuple):
-    returncode: int
-    stdout: bytes
-    stderr: bytes
 
 
 Run = Callable[..., Done]
@@ -46,11 +40,7 @@ def run(nursery: Nursery) -> Run:
     """Runs the command to its end; keywords are variables of its environment."""
 
     def run(*arguments: str, stdin: str = "", **environment: str) -> Done:
-        process = nursery.fork("query", *arguments, environment=environment, stdin=stdin.encode())
-        with process.stdout, process.stderr:
-            # What it says of errors fits into a pipe.
-            stdout, stderr = process.stdout.read(), process.stderr.read()
-            return Done(process.wait(DEADLINE), stdout, stderr)
+        return nursery.run("query", *arguments, environment=environment, stdin=stdin.encode())
 
     return run
 

@@ -111,6 +111,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def lost(server: LocalServer, resumer: Resumer) -> None:

@@ -9,7 +9,6 @@ import os
 import socket
 import ssl
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -27,6 +26,7 @@ from tests import test_topics, test_transport
 from tests.certificates import Files
 from tests.conftest import LocalServer, ServerProcess
 from tests.leaks import assert_leaks_nothing
+from tests.nursery import Done, Nursery
 from tests.recorder import Recorder
 from tests.wire import DEADLINE, Wire
 
@@ -261,20 +261,20 @@ def test_python_clients(secure: LocalServer, files: Files) -> None:
         connect(secure.url)
 
 
-def test_the_command_line(serve: Callable[..., ServerProcess], files: Files) -> None:
+def test_the_command_line(
+    serve: Callable[..., ServerProcess], nursery: Nursery, files: Files
+) -> None:
     server = serve("--tls-cert", files.certificate, "--tls-key", files.key)
     assert f"wss://localhost:{server.port}" in server.welcome
     assert f"https://localhost:{server.port}/readyz" in server.welcome
 
-    def query(*arguments: str) -> subprocess.CompletedProcess[str]:
-        url = f"wss://localhost:{server.port}"
-        command = [sys.executable, "-m", "sqlrooms_server", "query", "--url", url, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    def query(*arguments: str) -> Done:
+        return nursery.run("query", "--url", f"wss://localhost:{server.port}", *arguments)
 
     done = query("--ca-file", files.authority, "--format", "csv", "select 42 as answer")
-    assert (done.returncode, done.stdout.split()) == (0, ['"answer"', "42"])
+    assert (done.returncode, done.stdout.split()) == (0, [b'"answer"', b"42"])
     stranger = query("select 42 as answer")
     assert stranger.returncode == 3
-    assert "Cannot trust" in stranger.stderr and "--ca-file" in stranger.stderr
-    assert "no certificate" in query("--ca-file", files.key, "select 1").stderr
+    assert b"Cannot trust" in stranger.stderr and b"--ca-file" in stranger.stderr
+    assert b"no certificate" in query("--ca-file", files.key, "select 1").stderr
     assert server.stop() == 0
