@@ -132,7 +132,14 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
     default: Any = field.default
     if isinstance(default, bool) or default in ("", ()):
         return ""
-    return f"{default >> 20}MiB" if field.metadata["unit"] == "size" else str(default)
+    return size_text(default) if field.metadata["unit"] == "size" else str(default)
+
+
+def size_text(size: int) -> str:
+    """``size`` bytes as settings have them."""
+    if size % 2**20:
+        return f"{size >> 10}KiB"
+    return f"{size >> 20}MiB" if size else "0"
 
 
 def _configuration(arguments: Sequence[str] | None) -> Configuration:

@@ -78,6 +78,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _read(directory: str, db_path: str, extensions: str) -> Found:
     names = tuple(part.strip() for part in extensions.split(",") if part.strip())
+    if db_path != ":memory:" and not Path(db_path).exists():
+        raise StartupError(f"--db-path: there is no database {db_path}.")
     # Nothing is changed, so that a database which others only read can be asked, too.
     engine = Engine(db_path, read_only=db_path != ":memory:", extensions=names)
     try:

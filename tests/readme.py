@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from sqlrooms_server.cli import size_text
 from sqlrooms_server.settings import environment_variable, fields, flag
 
 README = Path(__file__).parent.parent / "README.md"
@@ -25,7 +26,7 @@ def settings_table() -> str:
 def _default(field: dataclasses.Field[Any]) -> str:
     default: Any = field.default
     if field.metadata["unit"] == "size":
-        return f"`{default >> 20}MiB`"
+        return f"`{size_text(default)}`"
     if default in ("", (), False):
         return ""
     return f"`{default}`"

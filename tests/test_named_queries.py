@@ -283,7 +283,7 @@ def test_without_a_user_there_is_none(launch: Callable[..., LocalServer], tmp_pa
     with launch(queries=queries).connect() as wire:
         wire.request(type="hello", user="ada")
         reply = ask(wire, "mine")
-        assert reply["code"] == "forbidden" and "the token of one" in reply["error"]
+        assert reply["code"] == "forbidden" and "a token that says who you are" in reply["error"]
 
 
 def test_results_are_kept_for_each_user(server: LocalServer) -> None:
@@ -423,7 +423,7 @@ def test_large_results_over_http(server: LocalServer) -> None:
         ("/queries/sales/top?region=a&region=b", "root", 400, "twice"),
         ("/queries/sales/top?region=a&since=x", "root", 400, "params.since must be DATE"),
         ("/queries/mine?user=eve", "ada", 400, "set by the server"),
-        ("/queries/about", "root", 403, "for a connection"),
+        ("/queries/about", "root", 403, "uses $connection"),
         ("/queries/secret", "ada", 403, "(queries)"),
         ("/queries/sales%2Ftip?region=a", "root", 404, "near it"),
         ("/queries/add?owner=x", "ada", 400, "use POST"),

@@ -374,6 +374,14 @@ def test_routes_are_answered(launch: Launch, plugin: Plugin) -> None:
         def broken(self, call: Any) -> None:
             raise ValueError("a secret")
 
+        @route("GET", "/table")
+        def table(self, call: Any) -> Any:
+            return pa.table({"a": [1]})
+
+        @route("GET", "/hook")
+        def hook(self, call: Any) -> Any:
+            return call.headers["x-signature"]
+
         @route("GET", "/split")
         def split(self, call: Any) -> Response:
             return Response("", headers={"X-A": "b\r\nX-Evil: 1"})
@@ -386,6 +394,8 @@ def test_routes_are_answered(launch: Launch, plugin: Plugin) -> None:
     status, _, body = fetch(f"{url}/broken")
     assert status == 500 and b"'Pages'" in body and b"secret" not in body
     assert fetch(f"{url}/split")[0] == 500
+    assert fetch(f"{url}/table")[0] == 500
+    assert fetch(f"{url}/hook", headers={"X-Signature": "ab"})[::2] == (200, b"ab")
     assert fetch(f"{url}/healthz")[0] == 200
 
 
@@ -417,6 +427,7 @@ def test_a_message_that_nobody_has_names_those_of_plugins(launch: Launch, plugin
     plugin.on("mine")(lambda call: None)
     with launch(plugin).connect() as wire:
         assert "mine" in wire.request(type="yours")["error"]
+        assert "--queries" in wire.request(type="named", name="x")["error"]
         wire.send_raw(framed({"type": ["mine"]}, b""))
         assert wire.receive()["code"] == "bad_request"
         assert wire.request(type="mine", queryId=[])["code"] == "bad_request"
@@ -433,6 +444,14 @@ def test_clashes_are_named_when_the_server_is_made(plugin: Plugin) -> None:
     third.on("notify")(lambda call: None)
     with pytest.raises(StartupError, match="'notify', which are those of the server"):
         Server(Settings(port=0), [third])
+    health, hello, again = Plugin("health"), Plugin("hello"), Plugin("again")
+    health.route("GET", "/healthz")(lambda call: None)
+    with pytest.raises(StartupError, match="'health' answers GET /healthz, which the server"):
+        Server(Settings(port=0), [health])
+    hello.route("GET", "/hello")(lambda call: None)
+    again.route("GET", "/hello")(lambda call: None)
+    with pytest.raises(StartupError, match="'hello' and 'again' both answer GET /hello"):
+        Server(Settings(port=0), [hello, again])
     with pytest.raises(ValueError, match="two functions"):
         plugin.on("same")(lambda call: None)
     with pytest.raises(ValueError, match="no hook 'around_everything'"):
@@ -464,8 +483,24 @@ def test_a_file_is_a_plugin(serve: Callable[..., ServerProcess], tmp_path: Path)
     [
         (GREETER, "{}:plugin", None),
         (GREETER, "{}:nothing", "has no 'nothing'"),
-        ("", "{}", "has no plugins"),
-        (GREETER + "other = Plugin('b')", "{}", "has 2 plugins"),
+        ("", "{}", "no plugin in it"),
+        (
+            GREETER + "other = Plugin('b')",
+            "{}",
+            "has 2 plugins, plugin and other; name one, as in .*mine.py:plugin",
+        ),
+        # Where a decorator is used wrongly, and not where it says so.
+        (
+            GREETER.replace('("greet")', ""),
+            "{}",
+            r'write @plugin.on\("type"\) \(.*mine.py, line 6\)',
+        ),
+        (
+            GREETER.replace('on("greet")', 'route("GET", "greet")'),
+            "{}",
+            r"path that begins with /, .*mine.py, line 6\)",
+        ),
+        (GREETER + "a b", "{}", r"SyntaxError: invalid syntax \(mine.py, line 9\)\.$"),
         ("1 / 0", "{}", r"ZeroDivisionError: division by zero \(.*mine.py, line 1\)"),
         ("def plugin(): ...", "{}:plugin", "of type function"),
         (

@@ -116,7 +116,9 @@ class App:
                 self._hooks.authorize, self.runner, settings, dispatch.carry_out, dispatch.refuse
             )
         # Nobody but plugins looks at most of them.
-        self.reads_all_headers = bool(self._authenticator)
+        self.reads_all_headers = bool(self._authenticator) or any(
+            plugin.routes for plugin in plugins if not plugin.on_loop
+        )
         self.health = Health(settings, shared.post)
         self.channels = Channels(
             settings, shared.timers, shared.post, lambda: Audience(shared.new_topic())
@@ -142,6 +144,8 @@ class App:
         )
         # Those that need no database. The others join when it is open.
         self._features: Sequence[Feature] = (self.health, self.connections, self.plugins)
+        for feature in (self.health, self.connections, self.channels):
+            self.plugins.keep_from(feature.routes)
 
     def open(self, scheduler: Scheduler, databases: Databases) -> contextlib.ExitStack:
         """Open the database, from the thread that starts; what undoes all but that.

@@ -52,7 +52,11 @@ class NamedQueries(Feature):
             more = f" There are mistakes in {len(others)} more files." if others else ""
             raise StartupError(f"--queries: {first}.{more}")
         for line in found.warnings.values():
-            log.warning("The columns of a query are not known yet: %s.", line)
+            log.warning(
+                "The columns of a query are not known; once its tables are there, SIGHUP reads "
+                "them: %s",
+                line,
+            )
         self._queries = found.queries
 
     def reload(self) -> None:
@@ -170,11 +174,11 @@ def _injected(query: NamedQuery, peer: Peer) -> dict[str, str]:
     for name, value in values.items():
         if not value:
             what = (
-                "that comes with the token of one (--tokens)"
+                "come with a token that says who you are (--tokens)"
                 if name == "user"
-                else "over a WebSocket"
+                else "ask for it over a WebSocket"
             )
-            raise Forbidden(f"The query {query.name!r} is for a {name}: ask for it {what}.")
+            raise Forbidden(f"The query {query.name!r} uses ${name}: {what}.")
     return values
 
 

@@ -110,13 +110,13 @@ class Plugin(Hooks):
 
     def on(self, kind: str) -> Callable[[_F], _F]:
         """Decorate what answers messages of the type ``kind``; see :class:`plugins.calls.Call`."""
-        return self._registering("on", kind)
+        return self._registering("on", _kind(kind))
 
     def route(
         self, method: str, path: str, *, is_public: bool = False, streams_body: bool = False
     ) -> Callable[[_F], _F]:
         """Decorate what answers HTTP requests; see :class:`Route`."""
-        return self._registering("route", (method.upper(), path, is_public, streams_body))
+        return self._registering("route", _route_key(method, path, is_public, streams_body))
 
     def stream(
         self, kind: str, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
@@ -191,14 +191,14 @@ _EVENTS = ("starting", "started", "reload", "stopping", "stopped", "opened", "cl
 
 def on(kind: str) -> Callable[[_F], _F]:
     """Decorate a method of a plugin as :meth:`Plugin.on` does a function."""
-    return _marking("on", kind)
+    return _marking("on", _kind(kind))
 
 
 def route(
     method: str, path: str, *, is_public: bool = False, streams_body: bool = False
 ) -> Callable[[_F], _F]:
     """Decorate a method of a plugin as :meth:`Plugin.route` does a function."""
-    return _marking("route", (method.upper(), path, is_public, streams_body))
+    return _marking("route", _route_key(method, path, is_public, streams_body))
 
 
 def stream(
@@ -206,6 +206,23 @@ def stream(
 ) -> Callable[[_F], _F]:
     """Decorate a class in a plugin, or a method of it, as :meth:`Plugin.stream` does others."""
     return _marking("stream", stream_of(kind, inputs, outputs))
+
+
+def _kind(kind: Any) -> str:
+    if not isinstance(kind, str) or not kind:
+        raise ValueError('The type of a message is missing: write @plugin.on("type").')
+    return kind
+
+
+def _route_key(
+    method: str, path: str, is_public: bool, streams_body: bool
+) -> tuple[str, str, bool, bool]:
+    if not method.isalpha() or not path.startswith("/"):
+        raise ValueError(
+            f'A route is a method and a path that begins with /, as in route("GET", "/hello"), not '
+            f"{method!r} and {path!r}."
+        )
+    return method.upper(), path, is_public, streams_body
 
 
 def _marking(what: str, key: Any) -> Callable[[_F], _F]:

@@ -256,6 +256,8 @@ class ProducedAnswer:
                     chunk = yield from self._runner.awaited(_next(self._body), self._resume)
                 else:
                     chunk = next(self._body)
+                if isinstance(chunk, str):
+                    raise TypeError("The body must come as bytes, not str; encode() makes them.")
                 is_full = self._way.put(memoryview(chunk)) if len(chunk) else False
             except (StopIteration, StopAsyncIteration):
                 break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as OutOfTime
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +69,7 @@ class Plugins(Feature):
         self._of_kind: dict[str, tuple[Plugin, Callable[..., Any]]] = {}
         self._stream_of_kind: dict[str, Stream] = {}
         self._routes: list[Route] = []
+        self._of_route: dict[tuple[str, str], Plugin] = {}
         self._begun: list[Plugin] = []
         http = HttpCalls(runner)
         for plugin in plugins:
@@ -79,6 +80,7 @@ class Plugins(Feature):
                 self._add(stream.kind, plugin, handler)
                 self._stream_of_kind[stream.kind] = stream
             for route in plugin.routes:
+                self._add_route(plugin, route)
                 self._routes.append(route if plugin.on_loop else http.route(plugin, route))
         self._openers = [plugin for plugin in plugins if _has(plugin, "opened")]
         self._closers = [plugin for plugin in plugins if _has(plugin, "closed")]
@@ -111,6 +113,24 @@ class Plugins(Feature):
                 f"The plugins {other!r} and {plugin.name!r} both have messages of type {kind!r}."
             )
         self._of_kind[kind] = plugin, function
+
+    def _add_route(self, plugin: Plugin, route: Route) -> None:
+        other = self._of_route.setdefault((route.method, route.path), plugin)
+        if other is not plugin:
+            raise StartupError(
+                f"The plugins {other.name!r} and {plugin.name!r} both answer {route.method} "
+                f"{route.path}."
+            )
+
+    def keep_from(self, routes: Iterable[Route]) -> None:
+        """Raises ``StartupError`` for a plugin that has one of ``routes``, of the server itself."""
+        for route in routes:
+            plugin = self._of_route.get((route.method, route.path))
+            if plugin is not None:
+                raise StartupError(
+                    f"Plugin {plugin.name!r} answers {route.method} {route.path}, which the server "
+                    "itself does; choose another path."
+                )
 
     def begin(self) -> None:
         """Before the database is open. Raises ``StartupError``."""

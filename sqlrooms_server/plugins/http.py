@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from sqlrooms_server.access import Identity
-from sqlrooms_server.errors import Cancelled, ServerError
+from sqlrooms_server.errors import BadRequest, Cancelled, ServerError
 from sqlrooms_server.jobs import Lane
 from sqlrooms_server.plugin import Plugin, Response, Route
 from sqlrooms_server.plugins.bodies import BodyReader, Patience, ProducedAnswer, is_produced
@@ -186,4 +186,8 @@ def _encoded(body: Any) -> tuple[Any, str]:
         return body.encode(), _TEXT
     if isinstance(body, bytes | bytearray | memoryview):
         return bytes(body), _BYTES
-    return encode_value(body), _JSON
+    try:
+        return encode_value(body), _JSON
+    except BadRequest as error:
+        # Of the plugin, not of the client.
+        raise TypeError(f"It returned neither text, nor bytes, nor JSON: {error}") from error

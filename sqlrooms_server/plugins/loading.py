@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from sqlrooms_server.errors import StartupError
 from sqlrooms_server.plugin import Plugin
 
 ENTRY_POINTS = "sqlrooms_server.plugins"
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def load(
@@ -93,23 +95,34 @@ def _module_of(path: Path, place: str) -> ModuleType:
 def _found(module: ModuleType, name: str, place: str) -> Any:
     if name:
         if not hasattr(module, name):
-            raise StartupError(f"Cannot load the plugin {place}: it has no {name!r}.")
+            there = " and ".join(_names(module)) or "none"
+            raise StartupError(
+                f"Cannot load the plugin {place}: it has no {name!r}; its plugins are: {there}."
+            )
         return getattr(module, name)
-    made = [value for value in vars(module).values() if isinstance(value, Plugin)]
+    names = _names(module)
+    if not names:
+        raise StartupError(f"Cannot load the plugin {place}: there is no plugin in it.")
+    if len(names) > 1:
+        raise StartupError(
+            f"Cannot load the plugin {place}: it has {len(names)} plugins, {' and '.join(names)}; "
+            f"name one, as in {place}:{names[0]}."
+        )
+    return getattr(module, names[0])
+
+
+def _names(module: ModuleType) -> list[str]:
+    """The plugins that ``module`` has, or else those of which it has the classes."""
+    things = vars(module).items()
+    made = {id(value): name for name, value in reversed(things) if isinstance(value, Plugin)}
     classes = [
-        value
-        for value in vars(module).values()
+        name
+        for name, value in things
         if isinstance(value, type)
         and issubclass(value, Plugin)
         and value.__module__ == module.__name__
     ]
-    found: list[Any] = list({id(value): value for value in made or classes}.values())
-    if len(found) != 1:
-        raise StartupError(
-            f"Cannot load the plugin {place}: it has {len(found) or 'no'} plugins; name one, as in "
-            f"{place}:plugin."
-        )
-    return found[0]
+    return list(reversed(made.values())) or classes
 
 
 def _installed(name: str) -> Any:
@@ -140,6 +153,12 @@ def _plugin(found: Any, place: str) -> Plugin:
 
 def _told(error: Exception) -> str:
     """What happened and where, in one line."""
-    frames = traceback.extract_tb(error.__traceback__)
+    # Not where this package, or Python, raised it: nobody can mend it there. What cannot be read
+    # as Python says itself where.
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_PACKAGE, "<"))
+    ]
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
+    return f"{type(error).__name__}: {str(error).rstrip('.')}{where}"

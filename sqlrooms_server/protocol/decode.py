@@ -69,6 +69,17 @@ from sqlrooms_server.protocol.streams import decode_stream_ack, decode_stream_da
 MAX_HEADER_LENGTH = 64 << 10
 
 MAX_WATCHED_TABLES = 1000
+# What is off without a setting.
+_NEEDED = {
+    "named": "--queries",
+    "namedQueries": "--queries",
+    "resume": "--resume-window",
+    "files-list": "--files",
+    "files-read": "--files",
+    "files-preview": "--files",
+    "files-mkdir": "--files",
+    "files-delete": "--files",
+}
 
 # A text message of more may be a snapshot that is passed on as it is.
 _LARGE_TEXT_BYTES = 64 << 10
@@ -118,6 +129,9 @@ def _decode_text(data: bytes, limits: Limits, kinds: Collection[str]) -> Message
     if decoder is None:
         if kind in kinds:
             return decode_plugin_message(fields, len(data))
+        if kind in _NEEDED:
+            text = f"Messages of the type {kind!r} need a server that was started with"
+            raise bad_request(fields, f"{text} {_NEEDED[kind]}.")
         known = ", ".join(sorted([*TEXT_DECODERS, *kinds]))
         raise bad_request(fields, f"Unknown message type {shown(kind)}; known are {known}.")
     message = decoder(fields, limits)
