@@ -38,7 +38,7 @@ token, "sqlrooms-server types" writes TypeScript types of named queries; each ha
 
 Every setting is also an environment variable (SQLROOMS_DB_PATH for --db-path) and a key of the
 TOML file given with --config (db_path = "my.duckdb"). The command line wins over the environment,
-and the environment over the file.
+and the environment over the file. What is a LIST has commas, or its option several times.
 """
 
 
@@ -122,7 +122,10 @@ def _argument(field: dataclasses.Field[Any]) -> dict[str, Any]:
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
     if isinstance(field.default, bool):
         return {**options, "action": "store_true"}
-    metavar = "LIST" if isinstance(field.default, tuple) else "VALUE"
+    if isinstance(field.default, tuple):
+        # Given twice it is one list: --plugin a.py --plugin b.py.
+        return {**options, "action": "append", "metavar": "LIST"}
+    metavar = "VALUE"
     if isinstance(field.default, int):
         metavar = "SIZE" if field.metadata["unit"] == "size" else "N"
     return {**options, "metavar": metavar}
@@ -146,9 +149,12 @@ def _configuration(arguments: Sequence[str] | None) -> Configuration:
     given = vars(build_parser().parse_args(arguments))
     config = given.pop("config", None)
     by_name = {field.name: field for field in fields()}
+    texts = {
+        name: ",".join(value) if isinstance(value, list) else value for name, value in given.items()
+    }
     flags = {
         name: parse(by_name[name], value, flag(name)) if isinstance(value, str) else value
-        for name, value in given.items()
+        for name, value in texts.items()
     }
     return load(flags, os.environ, config or os.environ.get(environment_variable("config")))
 
@@ -260,6 +266,9 @@ def _welcome(settings: Settings, port: int, server: Server) -> str:
             return "pages and programs of this machine"
         return "whoever can reach it"
 
+    def plugins(of: App) -> str:
+        return ", ".join(plugin.name for plugin in of.plugins.all if not plugin.on_loop)
+
     secure = "s" if settings.tls_cert else ""
     address, health = f"ws{secure}://{host}:{port}", f"http{secure}://{host}:{port}/readyz"
     if settings.unix_socket:
@@ -275,8 +284,13 @@ def _welcome(settings: Settings, port: int, server: Server) -> str:
         where = room_files.place(settings.db_path, settings.meta_db, settings.rooms_db)
         lines.append(f"  rooms     {where}")
     lines.append(f"  access    {access(server.main)}")
+    if plugins(server.main):
+        lines.append(f"  plugins   {plugins(server.main)}")
     for app in server.apps.values():
-        lines.append(f"  app       {address}{app.path}: {database(app.settings)}; {access(app)}")
+        more = f"; {plugins(app)}" if plugins(app) else ""
+        lines.append(
+            f"  app       {address}{app.path}: {database(app.settings)}; {access(app)}{more}"
+        )
     lines += [
         f"  health    {health}",
         "",

@@ -474,8 +474,13 @@ def greet(call):
 def test_a_file_is_a_plugin(serve: Callable[..., ServerProcess], tmp_path: Path) -> None:
     path = tmp_path / "greeter.py"
     path.write_text(GREETER)
-    with serve("--plugin", str(path)).connect() as wire:
+    other = tmp_path / "other.py"
+    other.write_text(GREETER.replace('greeter"', 'other"').replace('greet"', 'hail"'))
+    server = serve("--plugin", str(path), "--plugin", str(other))
+    assert "  plugins   greeter, other\n" in server.welcome
+    with server.connect() as wire:
         assert wire.request(type="greet", name="Ada")["data"] == "Hello Ada"
+        assert wire.request(type="hail", name="Ada")["data"] == "Hello Ada"
 
 
 @pytest.mark.parametrize(
