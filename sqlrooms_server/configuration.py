@@ -111,6 +111,8 @@ def _settings(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key, value in table.items():
         name = key.replace("-", "_")
         source = f"{key} in {where}"
+        if name not in known and isinstance(value, dict):
+            raise StartupError(f"{source} is not a setting; tables are apps.NAME and plugins.NAME.")
         if name not in known:
             raise StartupError(f"{source} is not a setting; see sqlrooms-server --help.")
         values[name] = _checked(known[name], value, source)

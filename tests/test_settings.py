@@ -96,6 +96,7 @@ def test_messages_larger_than_what_may_wait() -> None:
     [
         ("port = ", "not valid TOML"),
         ("ports = 5", "ports in .* is not a setting"),
+        ("[app.sales]", "app in .* is not a setting; tables are apps.NAME and plugins.NAME"),
         ("port = 1.5", "port in .* must be int"),
         ("port = true", "port in .* must be int"),
         ("extensions = [1]", "list of strings"),

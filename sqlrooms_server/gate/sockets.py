@@ -305,7 +305,7 @@ class Gate:
         peer.is_refused = True
         peer.identify(None)
         self.closed(peer)
-        log.warning("Closed a connection from %s: %s.", peer.remote_address, reason)
+        log.warning("Closed a connection from %s: %s.", peer.remote_address, reason.rstrip("."))
         peer.close(code, reason)
         # What it is being sent goes first, but not for long.
         self._timers.after(_CLOSE_SECONDS, lambda: self._post(peer.abort))
