@@ -308,7 +308,7 @@ class Server:
 
     def message(self, connection: Connection, data: bytes, is_text: bool) -> None:
         seat: _Seat = connection.handler_data
-        seat.app.message(seat.peer, data, is_text)
+        seat.app.inbox.take(seat.peer, data, is_text)
 
     def closed(self, connection: Connection) -> None:
         seat: _Seat = connection.handler_data

@@ -27,7 +27,7 @@ from sqlrooms_server import (
 from sqlrooms_server.access.roles import ADMIN
 from sqlrooms_server.errors import Busy, Cancelled, ShuttingDown
 from sqlrooms_server.messages import Message
-from sqlrooms_server.plugins.authorizing import ASKED, AT_ONCE, IN_TURN
+from sqlrooms_server.plugins.actions import ASKED, AT_ONCE, IN_TURN
 from tests.conftest import LocalServer
 from tests.test_plugin_hooks import Done, tokens
 from tests.test_plugins import fetch

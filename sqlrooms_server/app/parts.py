@@ -76,7 +76,7 @@ class Shared:
 
 
 class App:
-    """What stands behind one path of the server.
+    """What stands behind one path of the server. ``inbox`` takes what clients send.
 
     ``open`` opens the database, ``close`` ends all but the database. Other methods are called by
     the server, on the loop thread if nothing else is said.
@@ -106,7 +106,7 @@ class App:
         self._authenticator = Authenticator(self._hooks.authenticate, self.runner)
         self.gate = Gate(
             *(settings, access, limits, shared.timers, shared.post, self._admitted),
-            *(self._authenticator, self.message),
+            *(self._authenticator, self._heard),
         )
         self.dispatch = dispatch = Dispatch()
         # None without a plugin that is asked, so that nothing else is asked then.
@@ -136,7 +136,7 @@ class App:
             host.resuming = self.resuming = Resuming(settings, shared.timers, shared.post)
         self.room_store: RoomStore | None = None
         self.plugins = Plugins([*plugins, self.objects], host, self.runner, self._hooks.prepare)
-        self._inbox = Inbox(
+        self.inbox = Inbox(
             settings, limits, self.plugins.kinds, self.gate, self._authorizer, dispatch
         )
         self._answering = Answering(
@@ -286,7 +286,7 @@ class App:
         self._answering.begin()
         self.plugins.admit()
         self._authenticator.open()
-        self._inbox.begin(self.requests)
+        self.inbox.begin(self.requests)
 
     # What the server hands on from the transport.
 
@@ -302,8 +302,8 @@ class App:
         for feature in self._features:
             feature.opened(peer)
 
-    def message(self, peer: Peer, data: bytes, is_text: bool) -> None:
-        self._inbox.take(peer, data, is_text)
+    def _heard(self, peer: Peer, data: bytes, is_text: bool) -> None:
+        self.inbox.take(peer, data, is_text)
 
     def closed(self, peer: Peer) -> None:
         self.gate.closed(peer)

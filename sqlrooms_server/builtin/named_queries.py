@@ -89,13 +89,14 @@ class NamedQueries(Feature):
         """The query ``name``. Raises ``BadRequest``, ``NotFound`` or ``Forbidden``."""
         if not isinstance(name, str):
             raise BadRequest("named needs a field name, a string.")
-        allowed = [one for one in self._queries if role.queries is None or one in role.queries]
-        if name in self._queries and name in allowed:
-            return self._queries[name]
+        queries = self._queries
         if role.queries is not None and name not in role.queries:
             raise Forbidden(
                 f"The role {role.name!r} may not run the query {name[:100]!r} (queries)."
             )
+        if name in queries:
+            return queries[name]
+        allowed = [one for one in queries if role.queries is None or one in role.queries]
         near = difflib.get_close_matches(name[:100], allowed, 3)
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise NotFound(f"There is no query {name[:100]!r}{hint}.")

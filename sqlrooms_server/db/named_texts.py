@@ -130,8 +130,9 @@ def _with_casts(sql: str, types: Mapping[str, str]) -> str:
     So NULL and an empty list have a type as well, and the plan is known beforehand.
     """
     data = sql.encode()
-    cuts = [start for start, _ in duckdb.tokenize(sql)] + [len(data)]
-    kinds = [kind.name for _, kind in duckdb.tokenize(sql)]
+    tokens = duckdb.tokenize(sql)
+    cuts = [start for start, _ in tokens] + [len(data)]
+    kinds = [kind.name for _, kind in tokens]
     pieces: list[bytes] = []
     done = 0
     for i in range(len(kinds) - 1):

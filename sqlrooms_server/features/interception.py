@@ -13,7 +13,7 @@ from sqlrooms_server.db.engine import Engine
 from sqlrooms_server.db.values import opened
 from sqlrooms_server.errors import ServerError
 from sqlrooms_server.features.requests import Request
-from sqlrooms_server.messages import Live
+from sqlrooms_server.messages import Live, Message
 from sqlrooms_server.messages import Query as QueryMessage
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.plugin import Client, Outcome, Query
@@ -107,7 +107,7 @@ class Interception:
         if self.counts:
             self._journal.tell(query, Outcome(None, 0.0, 0.0, 0.0, rows, size))
 
-    def refused(self, peer: Peer, message: Any, error: ServerError) -> None:
+    def refused(self, peer: Peer, message: Message, error: ServerError) -> None:
         """``message`` was refused before anything of it began."""
         if self.counts and isinstance(message, QueryMessage | Live):
             self._journal.tell(self.seen(peer, message), Outcome(error, 0.0, 0.0, 0.0))

@@ -39,8 +39,9 @@ class Hooks:
 
         Asked before each message and each HTTP request is carried out, in addition to what the role
         says. Messages of a client wait for the answers to those before them. Nobody is asked about
-        ``auth``, ``hello``, ``ack``, ``cancel``, chunks of an upload after the first, updates and
-        presence in a room whose join was allowed, and public routes.
+        ``auth``, ``hello``, ``ack``, ``cancel``, chunks of an upload after the first, what belongs
+        to a stream or an object that is open, updates and presence in a room whose join was
+        allowed, and public routes.
         """
 
     def prepare_cursor(self, cursor: Any, client: Client) -> None:

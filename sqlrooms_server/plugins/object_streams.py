@@ -22,10 +22,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from sqlrooms_server.errors import Busy, Cancelled, ServerError, ShuttingDown
+from sqlrooms_server.errors import Busy, Cancelled, QueryId, ServerError, ShuttingDown
 from sqlrooms_server.features.requests import Request, Requests
 from sqlrooms_server.peer import Peer
 from sqlrooms_server.plugin.chain import failure
+from sqlrooms_server.plugin.objects import ObjectStream
 from sqlrooms_server.plugins.object_lanes import Lanes
 from sqlrooms_server.plugins.object_types import Target
 from sqlrooms_server.plugins.outgoing import Outgoing
@@ -59,7 +60,7 @@ class OpenObject(Request):
         self,
         requests: Requests,
         peer: Peer,
-        query_id: Any,
+        query_id: QueryId,
         *,
         name: str,
         target: Target,
@@ -92,7 +93,7 @@ class OpenObject(Request):
         self._was_closed = False
         self._is_hurried = False
 
-    def open(self, handle: Any) -> None:
+    def open(self, handle: ObjectStream) -> None:
         """Let the plugin make the connection."""
         create = self.target.type.create_client_connection
         self._begin(
@@ -158,7 +159,7 @@ class OpenObject(Request):
 
     # From the request to the connection. These run where functions of plugins do.
 
-    def _create(self, create: Callable[..., Any], handle: Any) -> Any:
+    def _create(self, create: Callable[..., Any], handle: ObjectStream) -> Any:
         made = create(self.target.obj, handle)
         if inspect.iscoroutine(made):
             return self._awaited(made)

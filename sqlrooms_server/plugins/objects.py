@@ -21,7 +21,7 @@ from sqlrooms_server.plugins.object_lanes import Lanes
 from sqlrooms_server.plugins.object_streams import OpenObject
 from sqlrooms_server.plugins.object_types import BUILT_IN, Target, Types
 from sqlrooms_server.plugins.object_watches import ObjectWatches, listed
-from sqlrooms_server.plugins.outgoing import Outgoing, Waiting
+from sqlrooms_server.plugins.outgoing import Outgoing, Unsent
 from sqlrooms_server.plugins.published import Entry, Published
 from sqlrooms_server.plugins.runner import Runner
 from sqlrooms_server.plugins.tickets import Tickets
@@ -38,7 +38,7 @@ class _Holder:
     """What one connection has of objects."""
 
     tickets: Tickets
-    waiting: Waiting
+    unsent: Unsent
     streams: set[OpenObject] = field(default_factory=set)
     lanes: Lanes = field(default_factory=Lanes)
 
@@ -187,7 +187,7 @@ class Objects(Feature):
             )
         runner = self._runner
         outgoing = Outgoing(
-            peer, holder.waiting, window, runner.post, lambda error: stream.stop(error)
+            peer, holder.unsent, window, runner.post, lambda error: stream.stop(error)
         )
         stream = OpenObject(
             *(self._requests, peer, message.query_id),
@@ -230,7 +230,7 @@ class Objects(Feature):
         if holder is None:
             settings = self._settings
             holder = self._holders[peer] = _Holder(
-                Tickets(settings.max_object_references), Waiting(settings.max_queued_bytes)
+                Tickets(settings.max_object_references), Unsent(settings.max_queued_bytes)
             )
         return holder
 

@@ -13,7 +13,7 @@ from sqlrooms_server.protocol import framed
 from sqlrooms_server.transport.connection import FRAGMENT_BYTES, Chunk, Pull
 
 
-class Waiting:
+class Unsent:
     """What waits for one connection, of all its streams, in bytes. From any thread."""
 
     def __init__(self, most: int) -> None:
@@ -44,14 +44,15 @@ class Outgoing:
     def __init__(
         self,
         peer: Peer,
-        waiting: Waiting,
+        unsent: Unsent,
         window: int | None,
         post: Callable[..., None],
         fail: Callable[[ServerError], Any],
     ) -> None:
         self.has_ended = False
+        self.is_dropped = False
         self._peer = peer
-        self._total = waiting
+        self._unsent = unsent
         self._window = window
         self._post = post
         self._fail = fail
@@ -59,7 +60,6 @@ class Outgoing:
         self._messages: deque[bytes] = deque()
         self._size = 0
         self._has_begun = False
-        self._is_dropped = False
         # Messages that the connection has.
         self._under_way = 0
         self._sent = self._acknowledged = 0
@@ -77,7 +77,7 @@ class Outgoing:
         with self._lock:
             if self.has_ended:
                 return
-            has_room = self._total.add(len(message))
+            has_room = self._unsent.add(len(message))
             if has_room:
                 self._size += len(message)
                 self._messages.append(message)
@@ -87,7 +87,7 @@ class Outgoing:
             self._post(self._pump)
             return
         error = Busy(
-            f"The client does not read what objects send: {self._total.most} bytes wait for it "
+            f"The client does not read what objects send: {self._unsent.most} bytes wait for it "
             "(--max-queued-bytes)."
         )
         self._post(self._fail, error)
@@ -118,7 +118,7 @@ class Outgoing:
         """Take no more, and send nothing that has not begun to leave."""
         with self._lock:
             self.has_ended = True
-            self._is_dropped = True
+            self.is_dropped = True
             dropped = sum(map(len, self._messages))
             self._messages.clear()
         self._gone(dropped)
@@ -149,11 +149,7 @@ class Outgoing:
     def _gone(self, size: int) -> None:
         with self._lock:
             self._size -= size
-        self._total.remove(size)
-
-    @property
-    def is_dropped(self) -> bool:
-        return self._is_dropped
+        self._unsent.remove(size)
 
 
 class _Message:

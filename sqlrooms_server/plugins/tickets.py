@@ -21,13 +21,13 @@ class Tickets:
         self._most = most
         self._lock = threading.Lock()
         # Each with what it is released with: a stream, or None for the connection.
-        self._targets: dict[str, tuple[Target, Any]] = {}
+        self._targets: dict[str, tuple[Target, object]] = {}
         self._is_closed = False
 
     def __len__(self) -> int:
         return len(self._targets)
 
-    def add(self, targets: list[Target], owner: Any = None) -> list[dict[str, Any]]:
+    def add(self, targets: list[Target], owner: object = None) -> list[dict[str, Any]]:
         """Tickets for ``targets``, as clients are told of them. Raises ``Busy`` for too many."""
         with self._lock:
             if len(self._targets) + len(targets) > self._most:
@@ -57,7 +57,7 @@ class Tickets:
         with self._lock:
             return sum(self._targets.pop(ticket, None) is not None for ticket in tickets)
 
-    def release_of(self, owner: Any) -> None:
+    def release_of(self, owner: object) -> None:
         """Forget those of a stream."""
         with self._lock:
             self._targets = {
