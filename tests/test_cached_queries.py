@@ -637,7 +637,8 @@ def test_stopping_one_takes_no_worker(launch: Callable[..., LocalServer]) -> Non
 
 def test_each_has_its_own_deadline(server: LocalServer, gate: Gate) -> None:
     with server.connect() as one, server.connect() as other:
-        one.send(type="json", sql=ROWS, queryId=1, persist=True, timeoutMs=100)
+        # Longer than a busy machine takes to begin it.
+        one.send(type="json", sql=ROWS, queryId=1, persist=True, timeoutMs=1500)
         until(other, misses=1)
         other.send(type="json", sql=ROWS, queryId=1, persist=True)
         assert one.receive()["code"] == "timeout"
