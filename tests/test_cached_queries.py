@@ -74,6 +74,20 @@ def until(wire: Wire, **wanted: int) -> None:
 # What is remembered
 
 
+@pytest.fixture(scope="module")
+def others(module_server: LocalServer) -> Iterator[Wire]:
+    """Where there are things that nothing is remembered of."""
+    with module_server.connect() as wire:
+        wire.exec("create sequence numbers")
+        wire.exec("attach ':memory:' as other; create table other.t (a int)")
+        wire.exec("create table t as select 1 as a; create view by_view as select random() as r")
+        wire.exec("create view row_ids as select rowid as r from t")
+        wire.exec("create table generated (a int, r double generated always as (random()))")
+        wire.exec("create macro by_macro() as table from by_view")
+        wire.exec("create macro scalar_macro() as uuid()")
+        yield wire
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -214,17 +228,10 @@ def test_who_asks_makes_no_difference(server: LocalServer) -> None:
         "update t set a = a returning a",
     ],
 )
-def test_never_remembered(wire: Wire, sql: str) -> None:
-    wire.exec("create sequence numbers; attach ':memory:' as other; create table other.t (a int)")
-    wire.exec("create table t as select 1 as a; create view by_view as select random() as r")
-    wire.exec("create view row_ids as select rowid as r from t")
-    wire.exec("create table generated (a int, r double generated always as (random()))")
-    wire.exec(
-        "create macro by_macro() as table from by_view; create macro scalar_macro() as uuid()"
-    )
-    before = stats(wire)
-    assert not any(is_cached(ask(wire, sql)) for _ in range(3))
-    after = stats(wire)
+def test_never_remembered(others: Wire, sql: str) -> None:
+    before = stats(others)
+    assert not any(is_cached(ask(others, sql)) for _ in range(3))
+    after = stats(others)
     assert after["uncacheable"] == before["uncacheable"] + 3
     assert (after["hits"], after["misses"], after["entries"]) == (0, 0, 0)
 

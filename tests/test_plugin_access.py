@@ -345,6 +345,8 @@ def test_a_cancel_of_the_one_that_is_asked_about(launch: Launch) -> None:
     with local.connect() as wire:
         wire.send(type="json", sql="select 'wait'", queryId=1)
         wire.send(type="json", sql="select 2 as a", queryId=2)
+        while not judge.asked:
+            time.sleep(0.001)
         wire.send(type="cancel", queryId=1)
         assert [wire.receive()["type"] for _ in range(3)] == ["error", "cancelAck", "json"]
         wire.send(type="json", sql="select 'wait'", queryId=3)
