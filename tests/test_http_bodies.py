@@ -234,6 +234,29 @@ def test_an_answer_that_is_broken_off_is_no_complete_one(server: LocalServer, pa
     assert b"abc" in received and not received.endswith(b"0\r\n\r\n")
 
 
+@pytest.mark.parametrize(
+    "framing",
+    [
+        "Content-Length: 0\r\nContent-Length: 40",
+        "Content-Length: 40\r\nContent-Length: 0",
+        "Content-Length:\r\nContent-Length: 40",
+        "Content-Length: 0\r\nTransfer-Encoding: chunked",
+        "Transfer-Encoding: identity",
+        "Transfer-Encoding: chunked, gzip",
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity",
+    ],
+)
+def test_a_body_of_unclear_length_is_refused(server: LocalServer, framing: str) -> None:
+    head = f"POST /digest HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n"
+    received = rest_of(raw(server.port, head.encode()))
+    assert received.startswith(b"HTTP/1.1 400 ") and received.count(b"HTTP/1.1") == 1
+    # What would be a request of its own to some, and a part of the body to others.
+    smuggled = "GET /async HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    assert b"0,1,2" not in rest_of(raw(server.port, (head + smuggled).encode())).replace(
+        b"\r\n2\r\n", b""
+    )
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT"])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_bodies_come_as_they_are_sent(server: LocalServer, method: str, chunked: bool) -> None:

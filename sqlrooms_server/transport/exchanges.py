@@ -55,6 +55,7 @@ class Exchanges:
         self._open: dict[int, Exchange] = {}
         # By their sockets.
         self._refused: dict[int, _Refused] = {}
+        self._unclear: set[int] = set()
         self._numbers = itertools.count(1)
         # The socket that asked last in this turn of the loop, and how often.
         self._asking = 0
@@ -87,16 +88,20 @@ class Exchanges:
     def socket_closed(self, key: int) -> None:
         """For the transport: the socket ``key`` is gone."""
         self._refused.pop(key, None)
+        self._unclear.discard(key)
 
-    def asks_too_often(self, key: int) -> bool:
-        """Whether a socket, by its address, sent more requests at once than anybody needs."""
+    def may_not_ask(self, key: int) -> bool:
+        """Whether a socket, by its address, sent more requests at once than anybody needs, or what
+        may be a part of its last one."""
+        if key in self._unclear:
+            return True
         self._times = self._times + 1 if key == self._asking else 1
         self._asking = key
         return self._times > _MAX_AT_ONCE
 
     def _on_http(self, res: Any, req: Any, user_data: Any) -> None:
         key = native.pointer_key(res)
-        if self.asks_too_often(key):
+        if self.may_not_ask(key):
             lib.uws_res_close(self._tls, res)
             return
         self._refused.pop(key, None)
@@ -107,6 +112,12 @@ class Exchanges:
         try:
             may_ask = self._sockets.asked(key)
             request = self._reader.read(res, req)
+            unclear = self._reader.refusal(request, req)
+            if unclear is not None:
+                # This closes the socket, but what has come by then is still looked at.
+                self._unclear.add(key)
+                Exchange(self._tls, res).respond(400, unclear.encode())
+                return
             exchange = self._open[number] = Exchange(
                 self._tls,
                 res,

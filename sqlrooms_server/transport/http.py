@@ -21,6 +21,10 @@ _HEADERS = (
     *(b"if-none-match", b"if-modified-since", b"access-control-request-method"),
 )
 
+# What tells where a body ends.
+_CODING = "transfer-encoding"
+_FRAMING = frozenset(("content-length", _CODING))
+
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
@@ -113,6 +117,21 @@ class RequestReader:
             scheme=client.scheme or ("https" if self._tls else "http"),
             forwarded_host=client.host,
         )
+
+    def refusal(self, request: HttpRequest, req: Any) -> str | None:
+        """Why nobody can say where the body of ``request`` ends; None when that is clear.
+
+        uWebSockets looks at the first of several lines only, and at no coding. A proxy before it
+        that looks at others would take the rest of the body for a request, or the other way round.
+        """
+        if request.method == "GET" and not (_FRAMING & request.headers.keys()):
+            return None
+        lines = [(name, value) for name, value in native.request_headers(req) if name in _FRAMING]
+        if len(lines) > 1:
+            return "a request has one Content-Length, or one Transfer-Encoding"
+        if any(name == _CODING and value.strip().lower() != "chunked" for name, value in lines):
+            return "the only Transfer-Encoding is chunked"
+        return None
 
     def _add_others(self, req: Any, headers: dict[str, str]) -> None:
         lines: dict[str, list[str]] = {}

@@ -337,7 +337,7 @@ class Transport:
         assert self._listeners is not None
         self._listeners.add_context(context)
         key = native.pointer_key(res)
-        if self._exchanges.asks_too_often(key):
+        if self._exchanges.may_not_ask(key):
             lib.uws_res_close(self._tls, res)
             return
         answered = False
