@@ -305,10 +305,11 @@ def test_over_http_as_well(launch: Launch) -> None:
     assert (status, kind, json.loads(body)["code"]) == (403, "application/json", "forbidden")
     assert fetch(f"{url}/see/a")[0] == 200 and fetch(f"{url}/see/no")[0] == 403
     assert fetch(f"{url}/see/no", method="HEAD")[0] == 403
+    assert fetch(f"{url}/see/%6Eo")[0] == 403
     assert fetch(f"{url}/open/no")[0] == 200 and fetch(f"{url}/see/break")[0] == 500
     assert judge.asked == [
         ("notify", "news"), ("notify", "no"), ("http", "GET /see/a"), ("http", "GET /see/no"),
-        ("http", "GET /see/no"), ("http", "GET /see/break"),
+        ("http", "GET /see/no"), ("http", "GET /see/no"), ("http", "GET /see/break"),
     ]  # fmt: skip
 
 

@@ -70,7 +70,8 @@ class Upload:
         with self._lock, explained():
             self._check()
             os.fsync(self._descriptor)
-            self._is_free()
+            # Others may have made it since this began.
+            self.is_new = self._is_free()
             if not self._temporary:
                 if not replaces:
                     self._link(self._name)

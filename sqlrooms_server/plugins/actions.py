@@ -84,14 +84,19 @@ def http_action(request: HttpRequest) -> Action:
         return Action("notify", unquote(request.path.removeprefix(_CHANNELS)))
     # HEAD is a GET of which the body is not sent.
     method = "GET" if request.method == "HEAD" else request.method
-    return Action("http", f"{method} {request.path}")
+    # As routes read it: %6e is the letter n to them.
+    return Action("http", f"{method} {unquote(request.path)}")
+
+
+# Where messages of what is built in say what they are about.
+_NAMES = {"named": "name", "object": "object", "files": "path"}
 
 
 def _object(message: PluginMessage) -> str:
-    """The name of the object, or of the query, that a message is about; of a reference, nothing."""
-    field = "name" if message.kind == "named" else "object"
-    is_ours = message.kind == "named" or message.kind.startswith("object-")
-    name = message.fields.get(field) if is_ours else None
+    """The name of the object or query, or the path of the file, that a message is about; of a
+    reference, nothing."""
+    field = _NAMES.get(message.kind.partition("-")[0])
+    name = None if field is None else message.fields.get(field)
     return name if isinstance(name, str) else ""
 
 
