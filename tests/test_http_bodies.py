@@ -394,3 +394,25 @@ def test_foreign_pages_still_cannot_send_what_needs_no_permission(server: LocalS
                 server.port, "POST", "/channels/c", b'"x"', Origin=origin, Content_Type=kind
             )
             assert answer.status == status
+
+
+def test_a_server_that_stops_says_so(launch: Callable[..., LocalServer]) -> None:
+    plugin = Plugin("late")
+    begun, ends = threading.Event(), threading.Event()
+
+    @plugin.route("POST", "/late", streams_body=True)
+    def late(call: Any) -> str:
+        begun.set()
+        assert ends.wait(DEADLINE)
+        return "late"
+
+    local = launch(plugin)
+    head = b"POST /late HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
+    with raw(local.port, head) as connection:
+        assert begun.wait(DEADLINE)
+        stopping = threading.Thread(target=local.server.stop)
+        stopping.start()
+        received = rest_of(connection)
+        ends.set()
+        stopping.join(DEADLINE)
+    assert received.startswith(b"HTTP/1.1 503 ") and received.endswith(b"is shutting down")

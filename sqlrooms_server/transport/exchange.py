@@ -99,6 +99,11 @@ class Exchange:
         """False once it was answered or the client went away."""
         return self._res is not None
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether its answer has begun, or nobody is there for it."""
+        return self._res is None or self._source is not None
+
     def add_headers(self, headers: Mapping[str, str]) -> None:
         """Whatever the answer is, it has ``headers``, too."""
         self._headers.update(headers)

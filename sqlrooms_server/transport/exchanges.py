@@ -90,6 +90,12 @@ class Exchanges:
         self._refused.pop(key, None)
         self._unclear.discard(key)
 
+    def refuse_all(self) -> None:
+        """The server stops: answer those that nobody has begun to answer."""
+        for exchange in list(self._open.values()):
+            if not exchange.is_answered:
+                exchange.respond(503, b"the server is shutting down")
+
     def may_not_ask(self, key: int) -> bool:
         """Whether a socket, by its address, sent more requests at once than anybody needs, or what
         may be a part of its last one."""

@@ -248,6 +248,7 @@ class Transport:
         self._close_listeners()
         # What was posted before the stop may have posted the rest of its work.
         self._turn(lib.SOCKETIFY_RUN_NOWAIT)
+        self._exchanges.refuse_all()
         for connection in self.connections:
             connection.close(1001, "The server is shutting down.")
         self._turn(lib.SOCKETIFY_RUN_NOWAIT)
