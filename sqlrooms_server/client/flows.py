@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from sqlrooms_server.client.bar import reporter
+from sqlrooms_server.client.batch_streams import BatchStream
 from sqlrooms_server.client.calls import CallRequest, CallStream, checked_fields, value_of
 from sqlrooms_server.client.channel_feeds import Subscription
 from sqlrooms_server.client.errors import ConnectionLost
@@ -167,6 +168,25 @@ class Requests:
             return (yield from value_of(stream))
         finally:
             stream.abandon()
+
+    def batch_stream(
+        self,
+        kind: str,
+        fields: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        *,
+        timeout: float | None,
+        compression: str | None,
+        on_event: Callable[[Any], None] | None,
+    ) -> BatchStream:
+        """A stream that has not begun. Raises ``TypeError`` for inputs that have no batches."""
+        request = CallRequest(
+            *(kind, "", next(self._ids)),
+            timeout=timeout,
+            compression=compression,
+            fields=checked_fields(fields),
+        )
+        return BatchStream(request, inputs, on_event)
 
     def objects(self) -> Flow[ObjectList]:
         """What is published for this client."""
