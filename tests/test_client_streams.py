@@ -310,7 +310,7 @@ def test_a_stream_without_outputs_is_waited_for(db: Client, handlers: Handlers) 
 
 def test_outputs_without_batches_or_rows(db: Client) -> None:
     with db.stream("source") as stream:
-        found = defaultdict(int)
+        found: dict[str, int] = defaultdict(int)
         for name, batch in stream:
             found[name] += batch.num_rows
     assert found == {"out": 2_000_000, "empty": 0}

@@ -119,7 +119,7 @@ class Feeding:
         """Send all of it. A failure ends the stream, for those who read that to raise."""
         try:
             yield from self._send_all()
-        except BaseException as error:
+        except BaseException as error:  # handed to whoever reads the stream
             self._stream.abandon(error if isinstance(error, Exception) else None)
             self._stream.wake()
         finally:
