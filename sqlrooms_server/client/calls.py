@@ -14,10 +14,11 @@ from sqlrooms_server.client.plugin_replies import (
     ObjectBytes,
     StreamBegun,
 )
-from sqlrooms_server.client.queries import WINDOW, Attempts, Request, Stream
+from sqlrooms_server.client.queries import WINDOW, Attempts, Request
 from sqlrooms_server.client.replies import (
     Reply,
 )
+from sqlrooms_server.client.result_streams import Stream
 
 # Fields that say how a message is answered, and not what it is.
 _OF_PROTOCOL = ("type", "queryId", "timeoutMs", "stream", "window", "compression", "resumable")

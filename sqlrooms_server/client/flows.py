@@ -38,7 +38,7 @@ from sqlrooms_server.client.plugin_replies import (
     ObjectBytes,
     ObjectList,
 )
-from sqlrooms_server.client.queries import Attempts, Request, Session, Stream
+from sqlrooms_server.client.queries import Attempts, Request, Session
 from sqlrooms_server.client.replies import (
     CacheStats,
     CancelAck,
@@ -51,6 +51,7 @@ from sqlrooms_server.client.replies import (
     Rows,
     SessionClosed,
 )
+from sqlrooms_server.client.result_streams import Stream
 from sqlrooms_server.client.streams import upload_chunks
 from sqlrooms_server.client.table_feeds import Live, Watch
 from sqlrooms_server.client.values import Parameters, encode_parameters

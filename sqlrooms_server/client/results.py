@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import ujson
 
-from sqlrooms_server.client import batch_streams, queries
+from sqlrooms_server.client import batch_streams, result_streams
 from sqlrooms_server.client.messages import Id
 from sqlrooms_server.client.replies import Rows, Summary
 
@@ -17,7 +17,7 @@ from sqlrooms_server.client.replies import Rows, Summary
 class ResultState:
     """The part of a result that waits for nothing. A result that is dropped is abandoned."""
 
-    def __init__(self, stream: queries.Stream) -> None:
+    def __init__(self, stream: result_streams.Stream) -> None:
         self._stream = stream
         self._table = stream.whole
 
