@@ -34,7 +34,7 @@ class Stream:
         self._attempts = attempts
         self._exchange: Exchange | None = None
         self._decoder = BatchDecoder()
-        self._resumption = Resumption(attempts.retries, attempts.resume)
+        self._resumption = self._new_resumption()
         self._seq = self._consumed = self._acknowledged = 0
         self._is_complete = False
         self._closed_by: Exception | None = None
@@ -93,7 +93,7 @@ class Stream:
     def _begin(self) -> Flow[None]:
         while True:
             self._decoder = BatchDecoder()
-            self._resumption = Resumption(self._attempts.retries, self._attempts.resume)
+            self._resumption = self._new_resumption()
             self._seq = self._consumed = self._acknowledged = 0
             self._exchange, reply = yield from self._attempts.first_reply()
             try:
@@ -160,6 +160,10 @@ class Stream:
             self._acknowledged = self._consumed
             return
         self._take(reply)
+
+    def _new_resumption(self) -> Resumption:
+        attempts = self._attempts
+        return Resumption(attempts.retries, attempts.resume, self.request.resume)
 
     def _take(self, reply: Reply) -> None:
         if isinstance(reply, Resumable):
