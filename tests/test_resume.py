@@ -439,7 +439,11 @@ def test_a_client_is_told_what_its_window_is(server: LocalServer) -> None:
 
 
 def test_without_a_window_the_option_has_no_effect(launch: Launch) -> None:
-    with launch().connect() as wire:
+    server = launch()
+    with CuttingProxy(server.port, [3_000_000]) as proxy, connect(proxy.url) as client:
+        with pytest.raises(ConnectionLost, match="keeps no results to go on with"):
+            list(client.query(BIG, resume=True))
+    with server.connect() as wire:
         assert "resume" not in wire.request(type="hello")["features"]
         assert stream(wire, "select 1 as a", resumable=True).table().num_rows == 1
         reply = wire.request(type="resume", queryId=1, token="t", seq=0)

@@ -13,6 +13,7 @@ from sqlrooms_server.client.aio_feeds import (
 )
 from sqlrooms_server.client.aio_objects import AsyncOpenObject
 from sqlrooms_server.client.aio_results import AsyncResult, AsyncSession
+from sqlrooms_server.client.aio_streams import AsyncBatchStream, AsyncOutput
 from sqlrooms_server.client.errors import ConnectionLost, QueryTimeout, RequestFailed, SessionEnded
 from sqlrooms_server.client.objects import Fetched, ObjectMessage, Reference
 from sqlrooms_server.client.plugin_replies import (
@@ -36,16 +37,20 @@ from sqlrooms_server.client.sync import Client, connect
 from sqlrooms_server.client.sync_feeds import Live, ObjectWatch, Subscription, Watch
 from sqlrooms_server.client.sync_objects import OpenObject
 from sqlrooms_server.client.sync_results import Result, Session
+from sqlrooms_server.client.sync_streams import BatchStream, Output
 
 __all__ = [
+    "AsyncBatchStream",
     "AsyncClient",
     "AsyncLive",
     "AsyncObjectWatch",
     "AsyncOpenObject",
+    "AsyncOutput",
     "AsyncResult",
     "AsyncSession",
     "AsyncSubscription",
     "AsyncWatch",
+    "BatchStream",
     "CacheStats",
     "Change",
     "Client",
@@ -63,6 +68,7 @@ __all__ = [
     "ObjectMessage",
     "ObjectWatch",
     "OpenObject",
+    "Output",
     "Progress",
     "QueryTimeout",
     "Reference",

@@ -18,6 +18,7 @@ from sqlrooms_server.client.aio_feeds import (
 )
 from sqlrooms_server.client.aio_objects import AsyncOpenObject
 from sqlrooms_server.client.aio_results import AsyncResult, AsyncSession
+from sqlrooms_server.client.aio_streams import AsyncBatchStream
 from sqlrooms_server.client.aio_wire import Wire, receive
 from sqlrooms_server.client.errors import ConnectionLost
 from sqlrooms_server.client.link import Link
@@ -263,6 +264,33 @@ class AsyncClient:
             )
         )
 
+    def stream(
+        self,
+        kind: str,
+        fields: Mapping[str, Any] | None = None,
+        /,
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        compression: str | None = None,
+        on_event: Callable[[Any], None] | None = None,
+        **more: Any,
+    ) -> AsyncBatchStream:
+        """Begin a stream of batches: ``async with db.stream(kind) as stream``, or ``await`` it.
+
+        An input may be an asynchronous iterable, too; others are read in the thread of the event
+        loop.
+        """
+        stream = self._requests.batch_stream(
+            kind,
+            {**(fields or {}), **more},
+            inputs or {},
+            timeout=timeout,
+            compression=compression,
+            on_event=on_event,
+        )
+        return AsyncBatchStream(self, stream)
+
     async def objects(self) -> ObjectList:
         """The objects that are published for this client: a list of ``ObjectInfo``."""
         return await self._run(self._requests.objects())
@@ -336,6 +364,8 @@ class AsyncClient:
                 await asyncio.sleep(seconds)
             case needs.Connect(deadline):
                 return await self._connected(deadline)
+            case needs.Next(items):
+                return await anext(items, None)
 
     async def _connected(self, deadline: float | None) -> Link:
         async with self._connecting:

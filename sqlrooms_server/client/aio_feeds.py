@@ -11,11 +11,11 @@ from sqlrooms_server.client.aio_results import AsyncResult
 from sqlrooms_server.client.plugin_replies import (
     ObjectList,
 )
-from sqlrooms_server.client.queries import Snapshot
 from sqlrooms_server.client.replies import (
     Change,
     Heard,
 )
+from sqlrooms_server.client.result_streams import Snapshot
 from sqlrooms_server.client.results import SubscriptionState, WatchState
 
 if TYPE_CHECKING:

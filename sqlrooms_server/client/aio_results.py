@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
-from sqlrooms_server.client import queries
+from sqlrooms_server.client import queries, result_streams
 from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
 from sqlrooms_server.client.opening import to_pandas
 from sqlrooms_server.client.results import ResultState, RowList
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class AsyncResult(ResultState):
     """The result of a query, whose batches arrive while it is read: ``Result`` for asyncio."""
 
-    def __init__(self, client: AsyncClient, stream: queries.Stream) -> None:
+    def __init__(self, client: AsyncClient, stream: result_streams.Stream) -> None:
         super().__init__(stream)
         self._client = client
 

@@ -12,14 +12,16 @@ from sqlrooms_server.client.plugin_replies import (
     Answered,
     Event,
     ObjectBytes,
+    StreamBegun,
 )
-from sqlrooms_server.client.queries import WINDOW, Attempts, Request, Stream
+from sqlrooms_server.client.queries import WINDOW, Attempts, Request
 from sqlrooms_server.client.replies import (
     Reply,
 )
+from sqlrooms_server.client.result_streams import Stream
 
 # Fields that say how a message is answered, and not what it is.
-_OF_PROTOCOL = ("type", "queryId", "timeoutMs", "stream", "window", "compression")
+_OF_PROTOCOL = ("type", "queryId", "timeoutMs", "stream", "window", "compression", "resumable")
 
 
 @dataclass(slots=True)
@@ -75,6 +77,8 @@ class CallStream(Stream):
         elif isinstance(reply, Answered | ObjectBytes):
             self.answer = reply
             self._is_complete = True
+        elif isinstance(reply, StreamBegun):
+            raise ValueError(f"{self.request.kind!r} is a stream of batches; use stream().")
         else:
             Stream._take(self, reply)
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import queue
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from sqlrooms_server.client.messages import Key
 from sqlrooms_server.client.plugin_replies import (
+    Event,
+    InputAck,
     ObjectAck,
     ObjectChanges,
     ObjectData,
     ObjectList,
     Opened,
+    OutputData,
+    StreamBegun,
 )
 from sqlrooms_server.client.replies import (
     Change,
@@ -87,6 +93,58 @@ class ObjectExchange(Exchange):
     def finish(self, reply: Reply) -> None:
         Exchange.finish(self, reply)
         self.acks.finish(reply)
+
+
+@dataclass(slots=True, eq=False)
+class StreamExchange(Exchange):
+    """A stream of batches.
+
+    Each input and output has an exchange of its own, which whoever feeds or reads it waits for.
+    The inbox is for whoever reads all outputs: it has something whenever one of theirs may.
+    """
+
+    new_inbox: Callable[[], Inbox] = field(kw_only=True)
+    inputs: dict[str, Exchange] = field(default_factory=dict)
+    outputs: dict[str, Exchange] = field(default_factory=dict)
+    # Outputs whose last piece has not come.
+    open_outputs: int = 0
+    events: deque[Any] = field(default_factory=deque)
+
+    def deliver(self, reply: Reply) -> None:
+        match reply:
+            case StreamBegun():
+                self.is_answered = True
+                self.inputs = {name: self._lane() for name in reply.inputs}
+                self.outputs = {name: self._lane() for name in reply.outputs}
+                self.open_outputs = len(self.outputs)
+                self.inbox.put_nowait(reply)
+            case InputAck():
+                self.inputs[reply.input].deliver(reply)
+            case OutputData():
+                # Counted before who reads it looks at the number.
+                self.open_outputs -= reply.is_last
+                self.outputs[reply.output].deliver(reply)
+                _wake(self, reply)
+            case Event():
+                self.events.append(reply.data)
+                for exchange in (*self.outputs.values(), self):
+                    _wake(exchange, reply)
+            case _:
+                self.finish(reply)
+
+    def finish(self, reply: Reply) -> None:
+        for exchange in (*self.inputs.values(), *self.outputs.values()):
+            exchange.finish(reply)
+        self.inbox.put_nowait(reply)
+
+    def _lane(self) -> Exchange:
+        return Exchange(self.key, self.new_inbox())
+
+
+def _wake(exchange: Exchange, reply: Reply) -> None:
+    """Let who waits look around. Nothing piles up for those who do not wait."""
+    if exchange.inbox.empty():
+        exchange.inbox.put_nowait(reply)
 
 
 def merged(unread: Reply, reply: Reply) -> Reply | None:

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from sqlrooms_server.client.bar import reporter
+from sqlrooms_server.client.batch_streams import BatchStream
 from sqlrooms_server.client.calls import CallRequest, CallStream, checked_fields, value_of
 from sqlrooms_server.client.channel_feeds import Subscription
 from sqlrooms_server.client.errors import ConnectionLost
@@ -37,7 +38,7 @@ from sqlrooms_server.client.plugin_replies import (
     ObjectBytes,
     ObjectList,
 )
-from sqlrooms_server.client.queries import Attempts, Request, Session, Stream
+from sqlrooms_server.client.queries import Attempts, Request, Session
 from sqlrooms_server.client.replies import (
     CacheStats,
     CancelAck,
@@ -50,6 +51,7 @@ from sqlrooms_server.client.replies import (
     Rows,
     SessionClosed,
 )
+from sqlrooms_server.client.result_streams import Stream
 from sqlrooms_server.client.streams import upload_chunks
 from sqlrooms_server.client.table_feeds import Live, Watch
 from sqlrooms_server.client.values import Parameters, encode_parameters
@@ -167,6 +169,25 @@ class Requests:
             return (yield from value_of(stream))
         finally:
             stream.abandon()
+
+    def batch_stream(
+        self,
+        kind: str,
+        fields: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        *,
+        timeout: float | None,
+        compression: str | None,
+        on_event: Callable[[Any], None] | None,
+    ) -> BatchStream:
+        """A stream that has not begun. Raises ``TypeError`` for inputs that have no batches."""
+        request = CallRequest(
+            *(kind, "", next(self._ids)),
+            timeout=timeout,
+            compression=compression,
+            fields=checked_fields(fields),
+        )
+        return BatchStream(request, inputs, on_event)
 
     def objects(self) -> Flow[ObjectList]:
         """What is published for this client."""

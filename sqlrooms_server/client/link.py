@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sqlrooms_server.client.channels import Channels, Hearing
-from sqlrooms_server.client.exchanges import Exchange, FeedExchange, Inbox, ObjectExchange
+from sqlrooms_server.client.exchanges import (
+    Exchange,
+    FeedExchange,
+    Inbox,
+    ObjectExchange,
+    StreamExchange,
+)
 from sqlrooms_server.client.messages import (
     CACHE_STATS,
     CHANGES,
@@ -22,10 +28,13 @@ from sqlrooms_server.client.messages import (
 )
 from sqlrooms_server.client.plugin_replies import (
     Event,
+    InputAck,
     ObjectAck,
     ObjectData,
     ObjectList,
     Opened,
+    OutputData,
+    StreamBegun,
 )
 from sqlrooms_server.client.replies import (
     CancelAck,
@@ -50,7 +59,11 @@ _MAYBE_WITHOUT_ID = (CACHE_STATS, WATCH)
 _KINDS = (*_MAYBE_WITHOUT_ID, SUBSCRIBE, NOTIFY, MEMBERS)
 
 # What is not the last reply to a request.
-_NOT_FINAL = (Progress, Resumable, Consumed, Event, Opened, ObjectData, ObjectAck)
+_NOT_FINAL = (
+    *(Progress, Resumable, Consumed, Event),
+    *(Opened, ObjectData, ObjectAck),
+    *(StreamBegun, OutputData, InputAck),
+)
 
 
 class Link:
@@ -94,6 +107,13 @@ class Link:
         """Begin to wait for messages of an object."""
         key = ("query", query_id)
         exchange = ObjectExchange(key, self._new_inbox(), acks=Exchange(key, self._new_inbox()))
+        self._enter(exchange)
+        return exchange
+
+    def open_stream(self, query_id: Id) -> StreamExchange:
+        """Begin to wait for what a stream of batches brings."""
+        key = ("query", query_id)
+        exchange = StreamExchange(key, self._new_inbox(), new_inbox=self._new_inbox)
         self._enter(exchange)
         return exchange
 

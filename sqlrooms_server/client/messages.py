@@ -10,6 +10,7 @@ import ujson
 from sqlrooms_server.client.plugin_replies import (
     Answered,
     Event,
+    InputAck,
     ObjectAck,
     ObjectBytes,
     ObjectChanges,
@@ -18,7 +19,10 @@ from sqlrooms_server.client.plugin_replies import (
     ObjectInfo,
     ObjectList,
     Opened,
+    OutputData,
     Referred,
+    StreamBegun,
+    StreamEnded,
 )
 from sqlrooms_server.client.replies import (
     CacheStats,
@@ -227,6 +231,15 @@ def _object(fields: dict[str, Any]) -> ObjectInfo:
     return ObjectInfo(fields["name"], fields["objectType"], fields["canFetch"], fields["canOpen"])
 
 
+def _stream_begun(fields: dict[str, Any], _: memoryview) -> tuple[Key, Reply]:
+    names = (tuple(fields["inputs"]), tuple(fields["outputs"]))
+    return _query(fields), StreamBegun(*names, fields["window"])
+
+
+def _stream_data(fields: dict[str, Any], body: memoryview) -> tuple[Key, Reply]:
+    return _query(fields), OutputData(fields["output"], fields["seq"], body, fields["last"])
+
+
 def _answered(fields: dict[str, Any], body: memoryview) -> tuple[Key, Reply]:
     return _query(fields), Answered(fields["data"] if "data" in fields else bytes(body))
 
@@ -273,5 +286,9 @@ _DECODERS: dict[str, Callable[[dict[str, Any], memoryview], tuple[Key | None, Re
     "object-opened": lambda fields, _: (_query(fields), Opened(fields["window"])),
     "object-ack": lambda fields, _: (_query(fields), ObjectAck(fields["bytes"])),
     "object-closed": lambda fields, _: (_query(fields), ObjectClosed()),
+    "streamBegin": _stream_begun,
+    "streamData": _stream_data,
+    "streamAck": lambda fields, _: (_query(fields), InputAck(fields["input"], fields["bytes"])),
+    "streamEnd": lambda fields, _: (_query(fields), StreamEnded()),
     "error": _error,
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Generator
+from collections.abc import AsyncIterator, Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -50,7 +50,14 @@ class Connect:
     deadline: float | None = None
 
 
-Need = Receive | Sleep | Connect
+@dataclass(frozen=True, slots=True)
+class Next:
+    """The next item, None after the last. Only asyncio can get it."""
+
+    items: AsyncIterator[Any]
+
+
+Need = Receive | Sleep | Connect | Next
 Flow = Generator[Need, Any, T]
 
 

@@ -100,3 +100,35 @@ class ObjectAck:
 @dataclass(frozen=True, slots=True)
 class ObjectClosed:
     """There are no more messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamBegun:
+    """A stream of batches has begun; ``window`` bytes of each input may be under way."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputData:
+    """A piece of the Arrow IPC stream of an output."""
+
+    output: str
+    seq: int
+    body: memoryview
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class InputAck:
+    """So many bytes of an input have been taken."""
+
+    input: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnded:
+    """A stream of batches has come to its end."""

@@ -8,12 +8,16 @@ from typing import Any
 from sqlrooms_server.client.plugin_replies import (
     Answered,
     Event,
+    InputAck,
     ObjectAck,
     ObjectBytes,
     ObjectChanges,
     ObjectClosed,
     ObjectList,
     Opened,
+    OutputData,
+    StreamBegun,
+    StreamEnded,
 )
 
 
@@ -266,6 +270,10 @@ Reply = (
     | Opened
     | ObjectAck
     | ObjectClosed
+    | StreamBegun
+    | OutputData
+    | InputAck
+    | StreamEnded
     | Welcome
     | Failed
     | Lost

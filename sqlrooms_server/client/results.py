@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import ujson
 
-from sqlrooms_server.client import queries
+from sqlrooms_server.client import batch_streams, result_streams
 from sqlrooms_server.client.messages import Id
 from sqlrooms_server.client.replies import Rows, Summary
 
@@ -17,7 +17,7 @@ from sqlrooms_server.client.replies import Rows, Summary
 class ResultState:
     """The part of a result that waits for nothing. A result that is dropped is abandoned."""
 
-    def __init__(self, stream: queries.Stream) -> None:
+    def __init__(self, stream: result_streams.Stream) -> None:
         self._stream = stream
         self._table = stream.whole
 
@@ -50,6 +50,44 @@ class ResultState:
         # Ctrl+C may come before it has a stream.
         with suppress(AttributeError):
             self._stream.abandon()
+
+
+class BatchStreamState:
+    """The part of a stream of batches that waits for nothing."""
+
+    _stream: batch_streams.BatchStream
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of its inputs."""
+        return tuple(feeding.source.name for feeding in self._stream.feedings)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of its outputs."""
+        return tuple(self._stream.outputs)
+
+    def _output(self, name: str) -> batch_streams.Output:
+        try:
+            return self._stream.outputs[name]
+        except KeyError:
+            known = ", ".join(map(repr, self._stream.outputs)) or "none"
+            raise KeyError(f"There is no output {name!r}; the stream has {known}.") from None
+
+
+class OutputState:
+    """The part of an output that waits for nothing."""
+
+    _output: batch_streams.Output
+
+    @property
+    def name(self) -> str:
+        return self._output.name
+
+    @property
+    def schema(self) -> pa.Schema | None:
+        """The columns; None before they have come, which is with the first batch."""
+        return self._output.schema
 
 
 class WatchState:

@@ -20,9 +20,11 @@ class Resumption:
         self,
         retries: Callable[[], Retries],
         ask: Callable[[str, int, int], Flow[Exchange]],
+        is_wanted: bool,
     ) -> None:
         self._new_retries = retries
         self._ask = ask
+        self._is_wanted = is_wanted
         self._retries: Retries | None = None
         self._token: str | None = None
 
@@ -47,6 +49,9 @@ class Resumption:
         more.
         """
         if self._token is None:
+            if self._is_wanted and isinstance(error, ConnectionLost):
+                text = f"{error} The server keeps no results to go on with (--resume-window)."
+                raise ConnectionLost(text) from error
             raise error
         if isinstance(error, SessionEnded):
             self._token = None

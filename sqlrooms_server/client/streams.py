@@ -226,10 +226,10 @@ def as_reader(data: Any) -> pa.RecordBatchReader:
 
 def upload_chunks(reader: pa.RecordBatchReader) -> Iterator[tuple[bytes, bool]]:
     """The IPC stream of ``reader`` in chunks of ``UPLOAD_CHUNK`` bytes, the last marked as such."""
-    sink = _Sink()
+    sink = Sink()
     with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), reader.schema) as writer:
         for batch in reader:
-            for part in _slices(batch):
+            for part in slices(batch):
                 writer.write_batch(part)
                 yield from ((chunk, False) for chunk in sink.chunks())
     # The end of the stream is still in the sink, so that this is never empty.
@@ -237,8 +237,8 @@ def upload_chunks(reader: pa.RecordBatchReader) -> Iterator[tuple[bytes, bool]]:
     yield bytes(sink.data), True
 
 
-class _Sink:
-    """The file into which pyarrow's writer writes."""
+class Sink:
+    """The file into which pyarrow's writer writes, taken out in chunks of ``UPLOAD_CHUNK``."""
 
     closed = False
 
@@ -260,13 +260,14 @@ class _Sink:
     def close(self) -> None: ...
 
 
-def _slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+def slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """``batch`` in parts that are not too large for one message of a stream."""
     if batch.num_rows < 2 or _size(batch) <= _LARGEST_MESSAGE:
         yield batch
         return
     half = batch.num_rows // 2
-    yield from _slices(batch.slice(0, half))
-    yield from _slices(batch.slice(half))
+    yield from slices(batch.slice(0, half))
+    yield from slices(batch.slice(half))
 
 
 def _size(batch: pa.RecordBatch) -> int:

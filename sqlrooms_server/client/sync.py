@@ -27,6 +27,7 @@ from sqlrooms_server.client.streams import as_reader
 from sqlrooms_server.client.sync_feeds import Live, ObjectWatch, Subscription, Watch
 from sqlrooms_server.client.sync_objects import OpenObject
 from sqlrooms_server.client.sync_results import Result, Session
+from sqlrooms_server.client.sync_streams import BatchStream
 from sqlrooms_server.client.sync_wire import Wire, receive
 from sqlrooms_server.client.values import Parameters
 
@@ -296,6 +297,35 @@ class Client:
             )
         )
 
+    def stream(
+        self,
+        kind: str,
+        fields: Mapping[str, Any] | None = None,
+        /,
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        compression: str | None = None,
+        on_event: Callable[[Any], None] | None = None,
+        **more: Any,
+    ) -> BatchStream:
+        """Begin a stream of batches of the type ``kind``, which a plugin has.
+
+        ``inputs`` has the batches of each input: what ``upload`` takes, or an iterable of such,
+        read in a thread of its own as the server takes it. An input that is left out, or None, has
+        no batches. ``timeout`` is in seconds and bounds the stream as a whole, the others are as
+        for ``call``. Raises ``ValueError`` for an input that the stream does not have.
+        """
+        stream = self._requests.batch_stream(
+            kind,
+            {**(fields or {}), **more},
+            inputs or {},
+            timeout=timeout,
+            compression=compression,
+            on_event=on_event,
+        )
+        return BatchStream(self, stream)
+
     def objects(self) -> ObjectList:
         """The objects that are published for this client: a list of ``ObjectInfo``."""
         return self._run(self._requests.objects())
@@ -382,6 +412,8 @@ class Client:
                 time.sleep(seconds)
             case needs.Connect(deadline):
                 return self._connected(deadline)
+            case needs.Next():
+                raise TypeError("Only the client for asyncio reads asynchronous iterators.")
 
     def _connected(self, deadline: float | None) -> Link:
         with self._connecting:

@@ -10,11 +10,11 @@ from sqlrooms_server.client import feeds
 from sqlrooms_server.client.plugin_replies import (
     ObjectList,
 )
-from sqlrooms_server.client.queries import Snapshot
 from sqlrooms_server.client.replies import (
     Change,
     Heard,
 )
+from sqlrooms_server.client.result_streams import Snapshot
 from sqlrooms_server.client.results import SubscriptionState, WatchState
 from sqlrooms_server.client.sync_results import Result
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
-from sqlrooms_server.client import queries
+from sqlrooms_server.client import queries, result_streams
 from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
 from sqlrooms_server.client.opening import to_pandas
 from sqlrooms_server.client.results import ResultState, RowList
@@ -29,7 +29,7 @@ class Result(ResultState):
     Reading raises what ``Client`` says, also after the first batches.
     """
 
-    def __init__(self, client: Client, stream: queries.Stream) -> None:
+    def __init__(self, client: Client, stream: result_streams.Stream) -> None:
         super().__init__(stream)
         self._client = client
 

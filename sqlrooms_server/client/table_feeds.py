@@ -14,8 +14,9 @@ from sqlrooms_server.client.feeds import Feed
 from sqlrooms_server.client.link import Link
 from sqlrooms_server.client.messages import WATCH, encode
 from sqlrooms_server.client.needs import ClientState, Flow
-from sqlrooms_server.client.queries import GRACE_S, Attempts, Request, Snapshot
+from sqlrooms_server.client.queries import GRACE_S, Attempts, Request
 from sqlrooms_server.client.replies import Change, Chunk, Reply, Watching
+from sqlrooms_server.client.result_streams import Snapshot
 from sqlrooms_server.client.streams import decoded, is_same
 
 
