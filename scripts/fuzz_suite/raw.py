@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import struct
+import time
 from typing import Any
 
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
@@ -91,9 +92,13 @@ class Raw:
             raise ConnectionError(answer[:60].decode("latin-1"))
 
     async def drain(self, seconds: float = 1.0) -> int:
-        """Read until nothing comes for that long; the bytes that came."""
+        """Read until nothing comes for that long; the bytes that came.
+
+        Somebody who hears of every change may never have silence: five times that long is enough.
+        """
         count = 0
-        while True:
+        until = time.monotonic() + 5 * seconds
+        while time.monotonic() < until:
             try:
                 part = await asyncio.wait_for(self._loop.sock_recv(self._socket, 1 << 18), seconds)
             except asyncio.TimeoutError:
@@ -101,6 +106,7 @@ class Raw:
             if not part:
                 return count
             count += len(part)
+        return count
 
     def finish(self) -> None:
         """End it in order: what is under way still arrives."""
