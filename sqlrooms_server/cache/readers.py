@@ -37,10 +37,14 @@ _SELECT = f"""
 
 
 class _Reader:
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, inode: int | None) -> None:
+        found = os.lstat(os.path.join(directory, DATABASE))
         # A pipe would block SQLite for ever.
-        if not stat.S_ISREG(os.lstat(os.path.join(directory, DATABASE)).st_mode):
+        if not stat.S_ISREG(found.st_mode):
             raise OSError("its database is not a file")
+        # SQLite would cut what the writer has mapped of the files beside it: a bus error.
+        if inode not in (None, found.st_ino):
+            raise OSError("its database is another file than the one that was opened")
         uri = f"file:{quote(directory)}/{DATABASE}?mode=ro"
         self._connection = sqlite3.connect(
             uri, uri=True, timeout=_LOCK_SECONDS, isolation_level=None, check_same_thread=False
@@ -68,6 +72,8 @@ class Readers:
         self._lock = threading.Lock()
         self._idle: list[_Reader] = []
         self._generation = 0
+        # That of the database which the writer has open.
+        self._inode: int | None = None
         self._closed = False
 
     def find(self, digest: str) -> Entry | None:
@@ -86,8 +92,13 @@ class Readers:
             return records.load(digest, open_value(self._directory, filename))
         raise records.Damaged("A row of the result cache was not written by it.")
 
+    def opened(self) -> None:
+        """The writer has opened the database, and from here on no other file is read."""
+        self._inode = os.lstat(os.path.join(self._directory, DATABASE)).st_ino
+
     def reset(self) -> None:
         """Forget the connections: the database is a new one."""
+        self._inode = None
         with self._lock:
             self._generation += 1
             idle, self._idle = self._idle, []
@@ -104,7 +115,7 @@ class Readers:
                 return None
             generation = self._generation
             reader = self._idle.pop() if self._idle else None
-        reader = reader or _Reader(self._directory)
+        reader = reader or _Reader(self._directory, self._inode)
         is_good = False
         try:
             row = reader.row(digest)

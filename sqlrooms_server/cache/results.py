@@ -207,6 +207,7 @@ class ResultCache:
             directory.clear()
             readers.reset()
         store = Store(directory.path, self._disk_bytes)
+        readers.opened()
         self._has_database = True
         return store
 
