@@ -33,21 +33,32 @@ BATCH = TABLE.to_batches()[0]
 
 
 class Handlers:
-    """How often streams of a name have closed."""
+    """How often streams of a name have begun and closed.
+
+    One that is cancelled before its handler is called has neither begun nor closed.
+    """
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
+        self.begun: dict[str, int] = defaultdict(int)
         self.closed: dict[str, int] = defaultdict(int)
         self.rows: dict[str, int] = defaultdict(int)
 
-    def note(self, call: Any) -> None:
-        with self.changed:
-            self.closed[call.message["name"]] += 1
-            self.changed.notify_all()
+    def note(self, counts: dict[str, int], call: Any) -> None:
+        if "name" in call.message:
+            with self.changed:
+                counts[call.message["name"]] += 1
+                self.changed.notify_all()
 
     def wait_for(self, name: str) -> None:
+        self._wait_for(self.closed, name)
+
+    def wait_for_begin(self, name: str) -> None:
+        self._wait_for(self.begun, name)
+
+    def _wait_for(self, counts: dict[str, int], name: str) -> None:
         with self.changed:
-            assert self.changed.wait_for(lambda: self.closed[name], DEADLINE)
+            assert self.changed.wait_for(lambda: counts[name], DEADLINE)
 
 
 def made(handlers: Handlers) -> Plugin:
@@ -57,14 +68,14 @@ def made(handlers: Handlers) -> Plugin:
     class Echo:
         def __init__(self, call: Any) -> None:
             self.call = call
+            handlers.note(handlers.begun, call)
 
         def on_batch(self, batch: Any, name: str) -> None:
             handlers.rows[self.call.message.get("name", "")] += batch.num_rows
             self.call.write("first" if name == "one" else "second", batch)
 
         def on_close(self) -> None:
-            if "name" in self.call.message:
-                handlers.note(self.call)
+            handlers.note(handlers.closed, self.call)
 
     @plugin.stream("sink", inputs=["one"])
     async def sink(call: Any) -> None:
@@ -79,11 +90,12 @@ def made(handlers: Handlers) -> Plugin:
 
     @plugin.stream("forever", outputs=["out"])
     async def forever(call: Any) -> None:
+        handlers.note(handlers.begun, call)
         try:
             while True:
                 await call.write("out", BATCH)
         finally:
-            handlers.note(call)
+            handlers.note(handlers.closed, call)
 
     @plugin.stream("fail", inputs=["one"], outputs=["out"])
     async def fail(call: Any) -> None:
@@ -233,6 +245,7 @@ def test_an_interrupt_cancels_a_stream(
     get = db._get
 
     def interrupted(need: Any) -> Any:
+        handlers.wait_for_begin("interrupted")
         monkeypatch.setattr(db, "_get", get)
         raise KeyboardInterrupt
 
@@ -246,6 +259,7 @@ def test_an_interrupt_cancels_a_stream(
 def test_what_an_input_raises_ends_the_stream(db: Client, handlers: Handlers) -> None:
     def batches() -> Iterator[pa.RecordBatch]:
         yield BATCH
+        handlers.wait_for_begin("raised")
         raise ZeroDivisionError
 
     with db.stream("echo", inputs={"one": batches()}, name="raised") as stream:
@@ -362,10 +376,12 @@ def test_asyncio_does_the_same(local: LocalServer, handlers: Handlers) -> None:
             assert is_closed.is_set()
             handlers.wait_for("aio")
             output = (await db.stream("forever", name="aio dropped"))["out"]
+            await asyncio.to_thread(handlers.wait_for_begin, "aio dropped")
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(output.to_arrow(), 0.05)
             await asyncio.to_thread(handlers.wait_for, "aio dropped")
             stream = await db.stream("forever", name="aio lost")
+            await asyncio.to_thread(handlers.wait_for_begin, "aio lost")
             del stream
             gc.collect()
             await asyncio.to_thread(handlers.wait_for, "aio lost")
