@@ -16,11 +16,6 @@ from sqlrooms_server.app_config import AppConfig, PluginOptions, in_app
 from sqlrooms_server.errors import StartupError
 from sqlrooms_server.settings import Settings, environment_variable, fields, flag, parse
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 # A variable of a script that was never set must not open a server which was to be closed.
 _GUARDS = ("auth_token", "auth_token_file", "tokens", "sandbox")
 
@@ -62,6 +57,12 @@ def load(
 
 def parse_toml(data: bytes, path: Path, what: str) -> dict[str, Any]:
     """``data`` of the TOML file ``path``, which errors call ``what``. Raises ``StartupError``."""
+    # Not at the top: most servers start without a file.
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
     try:
         table: dict[str, Any] = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:

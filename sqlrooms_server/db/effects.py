@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from functools import cache
 from typing import NamedTuple
 
 from sqlrooms_server.db.lexical import LITERAL_OR_COMMENT
@@ -52,46 +53,40 @@ _NAME = (
 )
 _CREATE = r"CREATE\s+(?:OR\s+REPLACE\s+)?"
 
-
-def _words(pattern: str) -> re.Pattern[str]:
-    """``pattern`` where a statement begins; its ``\\s`` may also be comments."""
-    pattern = pattern.replace(r"\s+", _GAP).replace(r"\s*", _SKIPPED)
-    return re.compile(_SKIPPED + pattern, re.IGNORECASE | re.DOTALL)
-
-
+# These and what follows until _MEANINGS are for _match.
 _TARGETS = {
-    "INSERT": _words(rf"INSERT\s+(?:OR\s+(?:REPLACE|IGNORE)\s+)?INTO\s+{_NAME}"),
-    "UPDATE": _words(rf"UPDATE\s+{_NAME}"),
-    "DELETE": _words(rf"(?:DELETE\s+FROM|TRUNCATE(?:\s+TABLE)?)\s+{_NAME}"),
-    "MERGE_INTO": _words(rf"MERGE\s+INTO\s+{_NAME}"),
-    "COPY": _words(rf'COPY\s+{_NAME}\s*(?:\([^)"]*\)\s*)?FROM\b'),
+    "INSERT": rf"INSERT\s+(?:OR\s+(?:REPLACE|IGNORE)\s+)?INTO\s+{_NAME}",
+    "UPDATE": rf"UPDATE\s+{_NAME}",
+    "DELETE": rf"(?:DELETE\s+FROM|TRUNCATE(?:\s+TABLE)?)\s+{_NAME}",
+    "MERGE_INTO": rf"MERGE\s+INTO\s+{_NAME}",
+    "COPY": rf'COPY\s+{_NAME}\s*(?:\([^)"]*\)\s*)?FROM\b',
 }
 _OPS = {"MERGE_INTO": "merge"}
 
-_COPY_TO_FILE = _words(rf'COPY\s*(?:\(|{_NAME}\s*(?:\([^)"]*\)\s*)?TO\b)')
-_CREATE_TEMPORARY = _words(rf"{_CREATE}(?:TEMP|TEMPORARY)\b")
-_CREATE_TABLE = _words(rf"{_CREATE}(?:TABLE|VIEW)\s+(?:IF\s+NOT\s+EXISTS\s+)?{_NAME}")
-_DROP_TABLE = _words(
+_COPY_TO_FILE = rf'COPY\s*(?:\(|{_NAME}\s*(?:\([^)"]*\)\s*)?TO\b)'
+_CREATE_TEMPORARY = rf"{_CREATE}(?:TEMP|TEMPORARY)\b"
+_CREATE_TABLE = rf"{_CREATE}(?:TABLE|VIEW)\s+(?:IF\s+NOT\s+EXISTS\s+)?{_NAME}"
+_DROP_TABLE = (
     rf"DROP\s+(?:TABLE|VIEW)\s+(?:IF\s+EXISTS\s+)?{_NAME}(?:\s+(?:CASCADE|RESTRICT))?\s*(?:;\s*)?$"
 )
-_CREATE_OTHER = _words(
+_CREATE_OTHER = (
     rf"{_CREATE}(?:(?:PERSISTENT\s+)?SECRET|(?:UNIQUE\s+)?INDEX|SCHEMA|SEQUENCE|MACRO|FUNCTION|TYPE)\b"
 )
-_DROP_OTHER = _words(r"DROP\s+(?:INDEX|SEQUENCE|MACRO|FUNCTION|TYPE|SECRET|TRIGGER)\b")
-_DEALLOCATE = _words(r"DEALLOCATE\b")
+_DROP_OTHER = r"DROP\s+(?:INDEX|SEQUENCE|MACRO|FUNCTION|TYPE|SECRET|TRIGGER)\b"
+_DEALLOCATE = r"DEALLOCATE\b"
 _CASCADE = re.compile(r"\bcascade\b", re.IGNORECASE)
-_ALTER_TABLE = _words(
+_ALTER_TABLE = (
     rf"ALTER\s+(?:TABLE|VIEW)\s+(?:IF\s+EXISTS\s+)?{_NAME}"
     rf"(?:\s+RENAME\s+TO\s+(?P<new>{_PART})\s*(?:;\s*)?$)?"
 )
-_COMMENT = _words(r"COMMENT\s+ON\b")
-_CHECKPOINT = _words(r"(?:FORCE\s+)?CHECKPOINT\b")
-_READING_PRAGMA = _words(
+_COMMENT = r"COMMENT\s+ON\b"
+_CHECKPOINT = r"(?:FORCE\s+)?CHECKPOINT\b"
+_READING_PRAGMA = (
     r"PRAGMA\s+(?:table_info|show_tables|show_tables_expanded|show_databases|database_list|"
     r"database_size|storage_info|version|platform|functions|collations|show|user_agent|"
     r"metadata_info)\b"
 )
-_BEGIN_OR_END = _words(r"(?P<word>\w+)")
+_BEGIN_OR_END = r"(?P<word>\w+)"
 _MEANINGS = {
     "begin": "begin",
     "start": "begin",
@@ -100,7 +95,7 @@ _MEANINGS = {
     "rollback": "rollback",
     "abort": "rollback",
 }
-_PIVOT = _words(r"(?:PIVOT|UNPIVOT|WITH|FROM|SELECT)\b")
+_PIVOT = r"(?:PIVOT|UNPIVOT|WITH|FROM|SELECT)\b"
 
 _CHANGING_WORD = re.compile(
     r"\b(?:insert|update|delete|merge|truncate|create|drop|alter)\b", re.IGNORECASE
@@ -118,6 +113,18 @@ _LITERAL_OR_COMMENT = re.compile(LITERAL_OR_COMMENT, re.VERBOSE | re.DOTALL)
 _SILENT_KINDS = frozenset({"SET", "VARIABLE_SET", "LOAD", "VACUUM", "ANALYZE"})
 _RENAMING_KINDS = frozenset({"SET", "VARIABLE_SET", "ATTACH", "DETACH"})
 _HARMLESS_KINDS = frozenset({"TRANSACTION", "PREPARE", "EXPORT"})
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    # Not when this module is loaded: all of them take as long as opening a database.
+    pattern = pattern.replace(r"\s+", _GAP).replace(r"\s*", _SKIPPED)
+    return re.compile(_SKIPPED + pattern, re.IGNORECASE | re.DOTALL)
+
+
+def _match(pattern: str, text: str) -> re.Match[str] | None:
+    """``pattern`` where a statement begins; its ``\\s`` may also be comments."""
+    return _compiled(pattern).match(text)
 
 
 def has_changing_word(sql: str) -> bool:
@@ -153,7 +160,7 @@ def transactions_of(kinds: tuple[str, ...], texts: tuple[str, ...]) -> tuple[str
     words = []
     for kind, text in zip(kinds, texts, strict=True):
         if kind == "TRANSACTION":
-            match = _BEGIN_OR_END.match(text)
+            match = _match(_BEGIN_OR_END, text)
             words.append(_MEANINGS.get(match["word"].lower(), "") if match else "")
     return tuple(words)
 
@@ -175,44 +182,44 @@ def _effect_of(kind: str, text: str) -> Effect | None:
 
 def _of_rows(kind: str, text: str) -> Effect:
     op = _OPS.get(kind, kind.lower())
-    match = _TARGETS[kind].match(text)
+    match = _match(_TARGETS[kind], text)
     if match is not None:
         return Effect(op, (match["name"],))
     if kind != "COPY":
         return Effect(op, by_plan=True)
-    if _COPY_TO_FILE.match(text) and not has_changing_word(text):
+    if _match(_COPY_TO_FILE, text) and not has_changing_word(text):
         return Effect("copy", catalog=True)
     return ANYTHING_CHANGES
 
 
 def _of_create(text: str) -> Effect | None:
-    match = _CREATE_TEMPORARY.match(text)
+    match = _match(_CREATE_TEMPORARY, text)
     if match is not None:
         return ANYTHING_CHANGES if has_changing_word(text[match.end() :]) else None
-    match = _CREATE_TABLE.match(text)
+    match = _match(_CREATE_TABLE, text)
     if match is None:
-        return Effect("create", catalog=True, unknown=_CREATE_OTHER.match(text) is None)
+        return Effect("create", catalog=True, unknown=_match(_CREATE_OTHER, text) is None)
     # The word CREATE itself is one.
     writes_more = has_changing_word(text[match.end() :])
     return Effect("create", created=(match["name"],), catalog=True, unknown=writes_more)
 
 
 def _of_drop(text: str) -> Effect | None:
-    if _DEALLOCATE.match(text):
+    if _match(_DEALLOCATE, text):
         return None
-    match = _DROP_TABLE.match(text)
+    match = _match(_DROP_TABLE, text)
     if match is not None:
         return Effect("drop", (match["name"],), catalog=True)
-    if _DROP_OTHER.match(text) is None:
+    if _match(_DROP_OTHER, text) is None:
         return ANYTHING_CHANGES
     # With a sequence or a type go the tables that use it.
     return Effect("drop", catalog=True, unknown=_CASCADE.search(text) is not None)
 
 
 def _of_alter(text: str) -> Effect:
-    match = _ALTER_TABLE.match(text)
+    match = _match(_ALTER_TABLE, text)
     if match is None:
-        return Effect("alter", catalog=True) if _COMMENT.match(text) else ANYTHING_CHANGES
+        return Effect("alter", catalog=True) if _match(_COMMENT, text) else ANYTHING_CHANGES
     return Effect("alter", (match["name"],), renamed=match["new"] or "", catalog=True)
 
 
@@ -224,15 +231,15 @@ def _of_explain(text: str) -> Effect | None:
 
 
 def _of_call(text: str) -> Effect | None:
-    return None if _CHECKPOINT.match(text) else ANYTHING_CHANGES
+    return None if _match(_CHECKPOINT, text) else ANYTHING_CHANGES
 
 
 def _of_pragma(text: str) -> Effect | None:
-    return None if _READING_PRAGMA.match(text) else ANYTHING_CHANGES
+    return None if _match(_READING_PRAGMA, text) else ANYTHING_CHANGES
 
 
 def _of_multi(text: str) -> Effect | None:
-    is_pivot = _PIVOT.match(text) is not None and not has_changing_word(text)
+    is_pivot = _match(_PIVOT, text) is not None and not has_changing_word(text)
     return None if is_pivot else ANYTHING_CHANGES
 
 

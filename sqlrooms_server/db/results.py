@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from sqlrooms_server.db.batches import Result
 from sqlrooms_server.db.columns import unique_names
-from sqlrooms_server.db.json_rows import RowEncoder
 
 Chunk = bytes | memoryview
 
@@ -136,6 +135,9 @@ class Sink:
 def _json_pieces(
     result: Result, first: pa.RecordBatch | None, suffix: Callable[[], bytes]
 ) -> Iterator[Chunk]:
+    # Not at the top: it loads Arrow's compute functions, which results in Arrow do not need.
+    from sqlrooms_server.db.json_rows import RowEncoder
+
     columns = result.columns
     encoder = RowEncoder(unique_names(columns), [column.type for column in columns])
     separator = b"["

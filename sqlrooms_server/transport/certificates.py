@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import os
-import ssl
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqlrooms_server.errors import StartupError
+
+if TYPE_CHECKING:
+    import ssl
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,9 @@ class Certificate:
         self._warn_of_dates(context)
 
     def _context(self) -> ssl.SSLContext:
+        # Not at the top: a server without TLS starts without it.
+        import ssl
+
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         pair = f"--tls-cert {self.certificate} and --tls-key {self.key}"
         try:
@@ -69,6 +75,8 @@ class Certificate:
 
     def _warn_of_dates(self, context: ssl.SSLContext) -> None:
         """Shake hands with ourselves: only a client looks at the dates of a certificate."""
+        import ssl
+
         client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         client.check_hostname = False
         # Trust the certificate itself, whoever signed it.
