@@ -54,7 +54,8 @@ CLIENT = {"client", "query_command"}
 
 OWNERS = {
     "socketify": {"transport/native.py"},
-    "cffi": {"transport/native.py"},
+    "cffi": set(),
+    "_cffi_backend": {"transport/native_types.py"},
     "diskcache": {"cache/"},
     "duckdb": {"db/"},
     "jwt": {"access/signed.py"},

@@ -1,7 +1,7 @@
 """The native library of socketify: uWebSockets on libuv. The only module that loads it.
 
-Everything here is bound once and lives as long as the process: binding a function parses C
-declarations under a lock of cffi, which must not happen in a callback.
+Everything here is bound once and lives as long as the process. What it declares is in ``native.h``,
+of which ``native_types`` is made: parsing that would take a sixth of the start of a server.
 
 What ends the process, so that the callers of this module take care of it: any call on a closed
 socket, a call from another thread than the loop's, an HTTP request that is never answered, an
@@ -14,13 +14,13 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cffi
-
 from sqlrooms_server.errors import StartupError
+from sqlrooms_server.transport import native_types
 
 LIBUV_VARIABLE = "SQLROOMS_LIBUV"
 
@@ -46,56 +46,40 @@ def _load_standard_library() -> None:
         ctypes.CDLL("libstdc++.so.6", ctypes.RTLD_GLOBAL)
 
 
-def _load_socketify() -> Any:
-    """The module ``socketify.native``, without the rest of socketify.
+def _library_path() -> Path:
+    """The library inside socketify, which is not imported itself.
 
-    The rest replaces asyncio's task factory, which newer Pythons reject, and costs 90 ms.
+    That replaces asyncio's task factory, which newer Pythons reject, and costs 150 ms.
     """
+    package = importlib.util.find_spec("socketify")
+    if package is None or package.origin is None:
+        raise StartupError("The package socketify is not installed; pip install socketify.")
+    system = platform.system().lower()
+    machine = "arm64" if "arm" in platform.machine().lower() else "amd64"
+    extension = "dll" if system == "windows" else "so"
+    return Path(package.origin).with_name(f"libsocketify_{system}_{machine}.{extension}")
+
+
+def _load_library() -> Any:
     preload = os.environ.get(LIBUV_VARIABLE)
     if preload:
         try:
             ctypes.CDLL(preload, ctypes.RTLD_GLOBAL)
         except OSError as error:
             raise StartupError(f"{LIBUV_VARIABLE}: cannot load {preload}: {error}.") from error
-    package = importlib.util.find_spec("socketify")
-    if package is None or package.origin is None:
-        raise StartupError("The package socketify is not installed; pip install socketify.")
-    path = Path(package.origin).with_name("native.py")
-    spec = importlib.util.spec_from_file_location("sqlrooms_server._socketify_native", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    path = _library_path()
     try:
-        spec.loader.exec_module(module)
+        return ffi.dlopen(str(path))
     except OSError as error:
         text = str(error)
         if "libuv" in text.split("cannot load library")[-1].split(":", 1)[-1]:
             raise StartupError(_NO_LIBUV) from error
         raise StartupError(_NO_BUILD.format(reason=text.splitlines()[0])) from error
-    return module
 
 
 _load_standard_library()
-_socketify = _load_socketify()
-ffi: Any = _socketify.ffi
-lib: Any = _socketify.lib
-
-_extra_ffi = cffi.FFI()
-_extra_ffi.include(ffi)
-_extra_ffi.cdef(
-    """
-    void us_wakeup_loop(struct us_loop_t *loop);
-    struct us_socket_context_t *us_socket_context(int ssl, void *socket);
-    void us_socket_context_close(int ssl, struct us_socket_context_t *context);
-    void us_loop_free(struct us_loop_t *loop);
-    int us_poll_fd(void *poll);
-    void us_poll_change(void *poll, void *loop, int events);
-    void us_socket_timeout(int ssl, void *socket, unsigned int seconds);
-    void uv_walk(void *loop, void (*callback)(void *handle, void *argument), void *argument);
-    void uv_close(void *handle, void *callback);
-    int uv_is_closing(void *handle);
-    """
-)
-_extra: Any = _extra_ffi.dlopen(_socketify.library_path)
+ffi: Any = native_types.ffi
+lib: Any = _load_library()
 
 # The first argument of every uWebSockets call: whether its sockets speak TLS.
 PLAIN = 0
@@ -109,8 +93,8 @@ CONTINUATION = 0
 EXCLUSIVE_PORT = 1
 SHARED_PORT = 0
 
-wakeup_loop = _extra.us_wakeup_loop
-loop_free = _extra.us_loop_free
+wakeup_loop = lib.us_wakeup_loop
+loop_free = lib.us_loop_free
 
 ws_send = lib.uws_ws_send_with_options
 ws_end = lib.uws_ws_end
@@ -151,8 +135,8 @@ def resume_reading(tls: int, res: Any, loop: Any, seconds: int) -> None:
 
     ``seconds`` as for :func:`limit_silence`.
     """
-    _extra.us_poll_change(
-        _extra_ffi.cast("void*", res), _extra_ffi.cast("void*", loop), _READABLE_AND_WRITABLE
+    lib.us_poll_change(
+        ffi.cast("void*", res), ffi.cast("void*", loop), _READABLE_AND_WRITABLE
     )
     limit_silence(tls, res, seconds)
 
@@ -160,11 +144,12 @@ def resume_reading(tls: int, res: Any, loop: Any, seconds: int) -> None:
 def limit_silence(tls: int, res: Any, seconds: int) -> None:
     """Close the socket of ``res`` after ``seconds``, unless uWebSockets sets another limit by then;
     0 means never."""
-    _extra.us_socket_timeout(tls, _extra_ffi.cast("void*", res), seconds)
+    lib.us_socket_timeout(tls, ffi.cast("void*", res), seconds)
 
 
+# Not (const char*: cffi takes the bracket for another one.
 @ffi.callback(  # type: ignore[untyped-decorator, unused-ignore]
-    "void(const char*, size_t, const char*, size_t, void*)"
+    "void(char const*, size_t, char const*, size_t, void*)"
 )
 def _add_header(name: Any, name_length: int, value: Any, value_length: int, handle: Any) -> None:
     pair = (
@@ -181,17 +166,17 @@ def request_headers(req: Any) -> list[tuple[str, str]]:
     return found
 
 
-@_extra_ffi.callback("void(void*, void*)")  # type: ignore[untyped-decorator, unused-ignore]
+@ffi.callback("void(void*, void*)")  # type: ignore[untyped-decorator, unused-ignore]
 def _close_handle(handle: Any, _: Any) -> None:
-    if not _extra.uv_is_closing(handle):
-        _extra.uv_close(handle, ffi.NULL)
+    if not lib.uv_is_closing(handle):
+        lib.uv_close(handle, ffi.NULL)
 
 
 def destroy_loop(uv: Any, loop: Any) -> None:
     """Free a uWebSockets loop and the libuv loop below it with all handles."""
     native = lib.socketify_get_native_loop(uv)
     loop_free(loop)
-    _extra.uv_walk(native, _close_handle, ffi.NULL)
+    lib.uv_walk(native, _close_handle, ffi.NULL)
     # Closing a handle takes a turn of the loop, and its callback another one.
     for _ in range(3):
         lib.socketify_loop_run(uv, lib.SOCKETIFY_RUN_NOWAIT)
@@ -200,18 +185,18 @@ def destroy_loop(uv: Any, loop: Any) -> None:
 
 def descriptor(socket: Any) -> int:
     """The file descriptor of a socket, one that listens too."""
-    return int(_extra.us_poll_fd(_extra_ffi.cast("void*", socket)))
+    return int(lib.us_poll_fd(ffi.cast("void*", socket)))
 
 
 def socket_context(tls: int, listener: Any) -> Any:
     """The context of the HTTP sockets that ``listener`` accepts."""
-    return ffi.cast("uws_socket_context_t*", _extra.us_socket_context(tls, listener))
+    return ffi.cast("uws_socket_context_t*", lib.us_socket_context(tls, listener))
 
 
 def close_sockets(tls: int, context: Any) -> None:
     """Close every socket of ``context`` at once."""
-    pointer = _extra_ffi.cast("struct us_socket_context_t*", context)
-    _extra.us_socket_context_close(tls, pointer)
+    pointer = ffi.cast("struct us_socket_context_t*", context)
+    lib.us_socket_context_close(tls, pointer)
 
 
 def unpack(pointer: Any, length: int) -> bytes:
