@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sqlrooms_server.app_config import AppConfig
 from sqlrooms_server.errors import (
     BadRequest,
     Conflict,
@@ -16,11 +15,11 @@ from sqlrooms_server.errors import (
     StartupError,
     Unauthorized,
 )
-from sqlrooms_server.settings import Settings
 
 if TYPE_CHECKING:
     from sqlrooms_server.access import Identity
     from sqlrooms_server.access.roles import Role
+    from sqlrooms_server.app_config import AppConfig
     from sqlrooms_server.db.policy import Policy
     from sqlrooms_server.plugin import (
         Action,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
         stream,
     )
     from sqlrooms_server.server import Server
+    from sqlrooms_server.settings import Settings
 
 __version__ = "0.2.0.dev0"
 __all__ = [
@@ -67,9 +67,10 @@ __all__ = [
     "stream",
 ]
 
-# They load DuckDB and the WebSocket library, which the client needs neither of.
+# The client needs none of them: most load DuckDB and the WebSocket library.
 _LATER = {
     "Action": "plugin",
+    "AppConfig": "app_config",
     "Client": "plugin",
     "Credentials": "plugin",
     "Identity": "access",
@@ -81,6 +82,7 @@ _LATER = {
     "Response": "plugin",
     "Role": "access.roles",
     "Server": "server",
+    "Settings": "settings",
     "on": "plugin",
     "route": "plugin",
     "stream": "plugin",

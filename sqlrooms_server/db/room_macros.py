@@ -20,14 +20,12 @@ from sqlrooms_server.messages import Params
 _CALL = re.compile(r"\brooms?\s*\(", re.IGNORECASE)
 
 # The group of LITERAL_OR_COMMENT, its first, is the fourth here; chr(92) is a backslash.
-_CALL_OR_LITERAL = re.compile(
-    rf"""
+_CALL_OR_LITERAL = rf"""
     (?<![\w.])(?P<function>rooms?)\s*\(\s*
         (?: (?P<name>'[^']*(?:''[^']*){{0,255}}')\s*\) | (?P<parameter>[?$]\w*)\s*\) | )
     | {LITERAL_OR_COMMENT.replace(chr(92) + "1", chr(92) + "4")}
-    """,
-    re.VERBOSE | re.DOTALL | re.IGNORECASE,
-)
+    """
+_FLAGS = re.VERBOSE | re.DOTALL | re.IGNORECASE
 
 _TIME = pa.timestamp("ms", tz="UTC")
 
@@ -83,7 +81,7 @@ def wanted_rooms(sql: str, params: Params | None) -> Wanted | None:
     names: set[str] = set()
     texts: set[str] = set()
     is_all = False
-    for match in _CALL_OR_LITERAL.finditer(sql):
+    for match in re.finditer(_CALL_OR_LITERAL, sql, _FLAGS):
         function = match["function"]
         if function is None:
             continue

@@ -135,9 +135,7 @@ def resume_reading(tls: int, res: Any, loop: Any, seconds: int) -> None:
 
     ``seconds`` as for :func:`limit_silence`.
     """
-    lib.us_poll_change(
-        ffi.cast("void*", res), ffi.cast("void*", loop), _READABLE_AND_WRITABLE
-    )
+    lib.us_poll_change(ffi.cast("void*", res), ffi.cast("void*", loop), _READABLE_AND_WRITABLE)
     limit_silence(tls, res, seconds)
 
 
