@@ -67,6 +67,10 @@ class Pause(enum.Enum):
 Work = Generator[Pause, None, None]
 
 
+def _nothing(*_: object) -> None:
+    """In place of the callbacks of a job that is done."""
+
+
 class Lane:
     """Whoever must not be able to starve the others, that is a connection or a session.
 
@@ -333,6 +337,8 @@ class Scheduler:
             outcome = job.stopped.with_traceback(None) if job.stopped else error
         job.worked += time.monotonic() - began
         self._finish(job, outcome)
+        # Its traceback knows this frame.
+        del outcome
 
     def _may_park(self, job: Job, pause: Pause, began: float) -> bool:
         """Park ``job``, whose turn began at ``began``, if there is a reason to."""
@@ -442,3 +448,5 @@ class Scheduler:
             job._done(error)
         except BaseException:  # worker-top guard: a defect in a callback must not end the worker
             log.exception("The callback of a job failed.")
+        # Their owner knows the job: a circle that would keep all of it until a collection.
+        job._done = job._interrupt = _nothing

@@ -18,6 +18,10 @@ LOW_BYTES = 1 << 20
 _FRAME_BYTES = 1 << 20
 
 
+def _nothing() -> None:
+    """In place of the callbacks of an outbox that nobody needs any more."""
+
+
 class Outbox:
     """One message that is produced while it is sent; a :class:`transport.Source`.
 
@@ -106,6 +110,7 @@ class Outbox:
         room = False
         with self._lock:
             if self._failed and not self._begun:
+                self._let_go()
                 return Pull.WITHDRAWN
             if self._rest is None:
                 if not self._chunks:
@@ -147,9 +152,16 @@ class Outbox:
 
     def sent(self) -> None:
         """For the connection: the last fragment was handed to the socket."""
+        on_sent = self._on_sent
+        self._let_go()
         if not self._failed:
-            self._on_sent()
+            on_sent()
 
     def dropped(self) -> None:
         """For the connection: it closed first."""
         self.fail(b"")
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget who is called back, who knows this: nothing is left to the collector."""
+        self._on_room = self._on_data = self._on_sent = _nothing
