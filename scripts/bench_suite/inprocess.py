@@ -129,7 +129,10 @@ def _heavy(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
 
 def _rows(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
     _repeat(database, ONE, effort.warm_up)
-    return by_rows(effort, lambda query: _stream(database, query))
+    sample: Sample = {}
+    for point in by_rows(effort, lambda query: _stream(database, query)):
+        sample |= point
+    return sample
 
 
 def _start(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:

@@ -14,8 +14,8 @@ PEERS = {
 }
 """What else one might use. By the names of their columns."""
 
-SUBJECTS = ("published", "ours", *PEERS, "in-process")
-"""The servers, and the engine alone: what no server can beat."""
+SUBJECTS = ("published", "ours", *PEERS, "bare", "in-process")
+"""The servers, the smallest that could be, and the engine alone: what no server can beat."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Workload:
     in_process: bool
     published: bool = True
     peers: bool = False
+    bare: bool = False
     tables: tuple[str, ...] = ()
     curves: tuple[Curve, ...] = ()
     usual: bool = True
@@ -75,7 +76,12 @@ class Workload:
 
     @property
     def subjects(self) -> list[str]:
-        able = {"published": self.published, "ours": True, "in-process": self.in_process}
+        able = {
+            "published": self.published,
+            "ours": True,
+            "bare": self.bare,
+            "in-process": self.in_process,
+        }
         return [subject for subject in SUBJECTS if able.get(subject, self.peers)]
 
 
@@ -89,6 +95,7 @@ WORKLOADS = (
         ),
         in_process=True,
         peers=True,
+        bare=True,
     ),
     Workload(
         "many",
@@ -124,6 +131,7 @@ WORKLOADS = (
         ),
         in_process=True,
         peers=True,
+        bare=True,
         tables=("mixed",),
     ),
     Workload(
@@ -151,6 +159,7 @@ WORKLOADS = (
         ),
         in_process=True,
         peers=True,
+        bare=True,
     ),
     Workload(
         "rows",
@@ -162,6 +171,7 @@ WORKLOADS = (
         brief=False,
         in_process=True,
         peers=True,
+        bare=True,
         curves=(
             Curve("r", "two columns of integers", "MB/s", "rows", ROWS),
             Curve("s", "two columns of integers, whole answer", "ms", "rows", ROWS),

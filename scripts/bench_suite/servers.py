@@ -20,6 +20,7 @@ from pathlib import Path
 
 from . import load
 from .answers import Query
+from .patience import sacrifice
 from .peers import SQLROOMS, Peer
 from .replies import Answers, SameAnswers
 from .websocket import Conversation
@@ -180,6 +181,7 @@ def starting(
                 start_new_session=True,
             )
         try:
+            sacrifice(process.pid, limited=not environment.name.startswith("ours"))
             server = Server(port, Usage(process.pid), environment, peer)
             yield server, partial(_wait_until_healthy, process, port, peer)
         except (OSError, ServerFailed) as error:
@@ -215,6 +217,10 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, peer: Peer)
 
 
 def _is_healthy(port: int, peer: Peer) -> bool:
+    if peer.healthy is None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+            return True
+        return False
     path, answer = peer.healthy
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
     try:
