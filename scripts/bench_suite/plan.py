@@ -323,6 +323,8 @@ WORKLOADS = (
             Metric("late", "  to that of the first minute", "x", False),
             Metric("memory", "  memory after the first minute", "MB", False),
             Metric("growth", "  growth in the last half", "MB", False),
+            Metric("descriptors", "  left open", "descriptors", False),
+            Metric("threads", "  more than at its start", "threads", False),
         ),
         in_process=False,
         published=False,

@@ -65,6 +65,13 @@ class Usage:
             if line.startswith("voluntary_ctxt_switches")
         )
 
+    def descriptors(self) -> int:
+        """How many files and sockets it has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def threads(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/task"))
+
     def stay_on(self, core: int) -> None:
         """Keep all its threads, and those they start, on one core."""
         for thread in os.listdir(f"/proc/{self.pid}/task"):
