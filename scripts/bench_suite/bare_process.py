@@ -22,12 +22,14 @@ QUESTION = struct.Struct("!I")
 FRAME = struct.Struct("!Q?")
 
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-BATCH_ROWS = 10_000
+# The fastest of 8,192 to 131,072, by little.
+BATCH_ROWS = 1 << 14
 # A small answer goes out in one piece.
 FRAME_SIZE = 1 << 16
 
 
-def _reader(cursor: duckdb.DuckDBPyConnection, sql: str) -> Any:
+def reader_of(cursor: duckdb.DuckDBPyConnection, sql: str) -> Any:
+    """Run a SELECT in the fastest way that this DuckDB has from Python."""
     # What sql() of 2.x does itself, without the relation around it; its execute() copies all rows.
     submit = getattr(cursor, "_submit", None)
     if submit:
@@ -37,7 +39,7 @@ def _reader(cursor: duckdb.DuckDBPyConnection, sql: str) -> Any:
 
 def _answer(peer: socket.socket, database: duckdb.DuckDBPyConnection, sql: str) -> None:
     with database.cursor() as cursor:
-        reader = _reader(cursor, sql)
+        reader = reader_of(cursor, sql)
         parts: list[Any] = [reader.schema.serialize()]
         size = parts[0].size
         for batch in reader:
