@@ -225,8 +225,10 @@ def test_a_page_is_renewed_between_its_marks(suite: Any, tmp_path: Path) -> None
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("before\n") and page.endswith(f"{END}\nafter\n")
     assert "old" not in page
-    assert "| select 1, 1 at a time | 3,500 q/s | 1,000 q/s, **3.5x**, ≥ 2.5x ✓, ≥ 4x ✗ |" in page
-    assert "| mosaic, 2,000 q/s, **1.75x**, ≥ 1.5x ✓ | 5,000 q/s, **0.7x** |" in page
+    assert (
+        "| select 1, 1 at a time | 3,500 q/s | 1,000 q/s, **3.5x**, ≥ 2.5x ✓, aim ≥ 4x ✗ |" in page
+    )
+    assert "| mosaic, 2,000 q/s, **1.75x**, aim ≥ 1.5x ✓ | 5,000 q/s, **0.7x** |" in page
     assert "- select 1, 1 at a time: 3.5x of published, aim ≥ 4x" in page
     assert "`scripts/bench --quick` on 2026-01-02" in page
     for image in tmp_path.glob("page/*.svg"):

@@ -126,7 +126,8 @@ def _values(row: Mapping[str, Any], subject: str) -> str:
 def _limits(row: Mapping[str, Any], against: str) -> Iterator[str]:
     for demand in row["demands"]:
         if demand["against"] == against and demand["met"] is not None:
-            yield f"{demand['text']}{_MARKS[demand['met']]}"
+            aim = "aim " if demand["kind"] == "aim" else ""
+            yield f"{aim}{demand['text']}{_MARKS[demand['met']]}"
 
 
 def _joined(*parts: str) -> str:

@@ -79,7 +79,10 @@ def curve(found: Mapping[str, Any]) -> str:
         parts.append(f'<polyline class="line {name}" points="{path}"/>')
         for at, value in some:
             parts.append(f'<circle class="{name}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="3"/>')
-        parts.append(_text(x(some[-1][0]) + 8, labels[name] + 4, name, ""))
+        # At the margin even where a curve ends before it; the dot tells which it is.
+        margin = WIDTH - _RIGHT + 16
+        parts.append(f'<circle class="{name}" cx="{margin}" cy="{labels[name]:.1f}" r="4"/>')
+        parts.append(_text(margin + 10, labels[name] + 4, name, ""))
     return _image(_HEIGHT, title, parts)
 
 
