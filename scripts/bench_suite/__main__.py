@@ -61,7 +61,9 @@ memory  what each of 500 clients that have asked once costs in memory, and each 
         receive 160 MB at once.
 soak    not unless asked for with --only: ten minutes of small, cached, large and abandoned queries,
         watchers and channels at once. Nothing may fail; it says how much later answers take than
-        those of the first minute, and how memory grows.
+        those of the first minute, how memory grows, and how many more descriptors and threads
+        there are at the end than before. The cache has a connection of two or three descriptors
+        for each thread that has used it.
 
 A whole run and --quick also count what an answer costs in calls of Python and switches of context,
 which a busy machine tells as well as an idle one. Too many are a failure.
