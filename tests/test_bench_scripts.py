@@ -130,6 +130,8 @@ def test_who_takes_too_long_is_left(suite: Any) -> None:
     with pytest.raises(patience.TookTooLong) as told, patience.at_most(0.01):
         threading.Event().wait(60)
     assert patience.reason(told.value) == "> 0.01 s"
+    refused = suite("answers").WrongAnswer("a query was answered with b'no'")
+    assert patience.reason(refused) == "an error"
 
 
 def test_a_server_may_not_take_all_memory(suite: Any) -> None:

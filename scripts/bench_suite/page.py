@@ -13,6 +13,7 @@ from .plan import PEERS
 BEGIN, END = "<!-- figures: scripts/bench --page -->", "<!-- end of figures -->"
 
 BARS = ("one/qps", "many/qps", "clients/q64", "clients/q512")
+LONGEST = 300
 _MARKS = {True: " ✓", False: " ✗", None: ""}
 
 
@@ -140,5 +141,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _list(title: str, items: Sequence[str]) -> str:
-    lines = [f"- {' '.join(item.split())}" for item in items]
+    # A server's log may come with what went wrong.
+    lines = [f"- {' '.join(item.split())[:LONGEST]}" for item in items]
     return "\n".join([title, "", *lines]) if lines else ""

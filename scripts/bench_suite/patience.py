@@ -74,6 +74,8 @@ def reason(error: Exception) -> str:
         return "no answer"
     if "is not installed" in text or "did not start" in text:
         return "did not start"
+    if text.startswith("a query was answered with"):
+        return "an error"
     return "wrong answer" if isinstance(error, WrongAnswer) else "failed"
 
 

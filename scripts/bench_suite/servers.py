@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from . import load
-from .answers import Query
+from .answers import Query, WrongAnswer
 from .patience import sacrifice
 from .peers import SQLROOMS, Peer
 from .replies import Answers, SameAnswers
@@ -193,6 +193,8 @@ def starting(
             yield server, partial(_wait_until_healthy, process, port, peer)
         except (OSError, ServerFailed) as error:
             raise ServerFailed(f"{error}{_state(process)}{_tail(log)}") from error
+        except WrongAnswer as error:
+            raise WrongAnswer(f"{error}{_state(process)}{_tail(log)}") from error
         finally:
             _stop(process)
 
