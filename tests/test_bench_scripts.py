@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
@@ -114,43 +115,101 @@ def test_a_count_above_its_limit_is_told(suite: Any) -> None:
     assert "calls of Python for select 1: 218, more than 217" in told
 
 
-def document() -> dict[str, Any]:
-    row = {
-        "workload": "one",
-        "metric": "qps",
-        "label": "select 1, 1 at a time",
-        "unit": "q/s",
-        "more_is_better": True,
-        "median": {"published": 1000.0, "ours": 4000.0, "roapi": None},
-        "best_peer": "roapi",
-    }
-    points = {"ours": [[1, 100.0], [512, 4000.0]], "published": [[1, 90.0], [512, 4000.0]]}
-    curve = {
-        "workload": "clients",
-        "key": "q",
-        "title": "select <1>",
-        "unit": "q/s",
-        "across": "clients",
-        "points": points,
-    }
-    return {
-        "began": "2026-01-02T03:04:05+00:00",
-        "arguments": ["--environments", "/somewhere", "--quick", "--json=/a/file"],
-        "machine": {"cores": 2, "cpu": "A", "memory": 8e9, "kernel": "Linux 6", "load": 0.5},
-        "tables": [
-            {
-                "duckdb": "1.5",
-                "versions": {"ours": {"duckdb": "1.5.6"}},
-                "rows": [row],
-                "curves": [curve],
-                "text": "the table",
-            }
-        ],
-    }
+def test_the_smallest_server_answers_batch_by_batch(suite: Any) -> None:
+    servers, answers, load = suite("servers"), suite("answers"), suite("load")
+    bare = suite("peers").PEERS["bare"]
+    with servers.running(Path(sys.prefix), peer=bare) as server, server.connect() as connection:
+        assert load.one_at_a_time(connection, answers.ONE, 0, least=3).latencies
+        load.decode(connection, answers.counted(100_000))
+        passed = load.stream(connection, answers.counted(100_000))
+        assert 0 < passed.first_byte < passed.seconds
 
 
-def page_of(tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
-    (tmp_path / "all.json").write_text(json.dumps(document()))
+def test_who_takes_too_long_is_left(suite: Any) -> None:
+    patience = suite("patience")
+    with pytest.raises(patience.TookTooLong) as told, patience.at_most(0.01):
+        threading.Event().wait(60)
+    assert patience.reason(told.value) == "> 0.01 s"
+    refused = suite("answers").WrongAnswer("a query was answered with b'no'")
+    assert patience.reason(refused) == "an error"
+
+
+def test_a_server_may_not_take_all_memory(suite: Any) -> None:
+    patience = suite("patience")
+    code = "input(); print(open('/proc/self/oom_score_adj').read()); bytearray(1 << 45)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        patience.sacrifice(process.pid, limited=True)
+        output, errors = process.communicate("\n", timeout=60)
+    assert output.strip() == "1000"
+    assert patience.reason(OSError(errors)) == "out of memory"
+
+
+def sheet(suite: Any) -> Any:
+    """What a run might have found: few rows, one peer that failed, and aims that are missed."""
+    found = suite("session").Sheet(
+        "1.5", {"ours": {"duckdb": "1.5.6", "pyarrow": "26", "python": "3.11", SERVER: "0.2"}}
+    )
+    found.samples["one"] = {
+        subject: [{"qps": rate, "p50": 1e3 / rate, "p99": 2e3 / rate}]
+        for subject, rate in {"published": 1000.0, "ours": 3500.0, "bare": 5000.0}.items()
+    }
+    found.samples["one"] |= {"roapi": [], "mosaic": [{"qps": 2000.0}], "in-process": []}
+    found.missing["one"] = {"roapi": "> 60 s"}
+    found.samples["clients"] = {
+        "ours": [{"q1": 100.0, "q64": 900.0, "q512": 4000.0, "p99": 12.0}],
+        "published": [{"q1": 90.0, "q64": 300.0}],
+    }
+    return found
+
+
+SERVER = "sqlrooms-server"
+
+
+def test_ours_is_compared_with_the_best_peer_and_the_bounds(suite: Any) -> None:
+    rows = {f"{row.workload}/{row.metric.key}": row for row in suite("rows").rows(sheet(suite))}
+    rate = rows["one/qps"].as_json()
+    assert rate["best_peer"] == "mosaic"
+    assert rate["ratios"] | {"roapi": None} == {
+        "published": 3.5,
+        "mosaic": 1.75,
+        "bare": 0.7,
+        "roapi": None,
+    }
+    assert [(demand["kind"], demand["against"], demand["met"]) for demand in rate["demands"]] == [
+        ("required", "published", True),
+        ("aim", "published", False),
+        ("aim", "mosaic", True),
+    ]
+    assert rate["missing"] == {"roapi": "> 60 s"}
+    # Nothing to compare with is no miss.
+    assert list(rows["one/p50"].missed()) == []
+    assert list(rows["clients/p99"].missed()) == [
+        "select 1, 64 clients: to that of 64: 12 x, aim ≤ 10 x"
+    ]
+
+
+def test_the_table_ends_with_the_limits_that_are_not_kept(suite: Any) -> None:
+    text = suite("report").table(sheet(suite))
+    assert text.splitlines()[-4:] == [
+        "missed:",
+        "  select 1, 1 at a time: 3.5x of published, aim ≥ 4x",
+        "  select 1, 64 clients: 3x of published, aim ≥ 4x",
+        "  select 1, 64 clients: to that of 64: 12 x, aim ≤ 10 x",
+    ]
+    assert "> 60 s" in text and "ours vs bare" in text
+
+
+def page_of(suite: Any, tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
+    arguments = ["--environments", "/somewhere", "--quick", "--json=/a/file"]
+    began = datetime(2026, 1, 2, tzinfo=timezone.utc)
+    document = suite("report").document([sheet(suite)], arguments, began)
+    (tmp_path / "all.json").write_text(json.dumps(document))
     (tmp_path / "page.md").write_text(text)
     return subprocess.run(
         [sys.executable, "-m", "bench_suite", "--from", "all.json", "--page", "page.md"],
@@ -162,12 +221,17 @@ def page_of(tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_page_is_renewed_between_its_marks(tmp_path: Path) -> None:
-    done = page_of(tmp_path, f"before\n{BEGIN}\nold\n{END}\nafter\n")
+def test_a_page_is_renewed_between_its_marks(suite: Any, tmp_path: Path) -> None:
+    done = page_of(suite, tmp_path, f"before\n{BEGIN}\nold\n{END}\nafter\n")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("before\n") and page.endswith(f"{END}\nafter\n")
-    assert "old" not in page and "the table" in page
+    assert "old" not in page
+    assert (
+        "| select 1, 1 at a time | 3,500 q/s | 1,000 q/s, **3.5x**, ≥ 2.5x ✓, aim ≥ 4x ✗ |" in page
+    )
+    assert "| mosaic, 2,000 q/s, **1.75x**, aim ≥ 1.5x ✓ | 5,000 q/s, **0.7x** |" in page
+    assert "- select 1, 1 at a time: 3.5x of published, aim ≥ 4x" in page
     assert "`scripts/bench --quick` on 2026-01-02" in page
     for image in tmp_path.glob("page/*.svg"):
         assert f"(page/{image.name})" in page
@@ -179,8 +243,8 @@ def test_a_page_is_renewed_between_its_marks(tmp_path: Path) -> None:
     }
 
 
-def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
-    done = page_of(tmp_path, "words\n")
+def test_a_page_without_marks_is_left_alone(suite: Any, tmp_path: Path) -> None:
+    done = page_of(suite, tmp_path, "words\n")
     assert done.returncode == 1
     assert BEGIN in done.stderr
     assert (tmp_path / "page.md").read_text() == "words\n"

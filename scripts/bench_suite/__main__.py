@@ -61,19 +61,25 @@ memory  what each of 500 clients that have asked once costs in memory, and each 
         receive 160 MB at once.
 soak    not unless asked for with --only: ten minutes of small, cached, large and abandoned queries,
         watchers and channels at once. Nothing may fail; it says how much later answers take than
-        those of the first minute, and how memory grows.
+        those of the first minute, how memory grows, and how many more descriptors and threads
+        there are at the end than before. The cache has a connection of two or three descriptors
+        for each thread that has used it.
 
 A whole run and --quick also count what an answer costs in calls of Python and switches of context,
 which a busy machine tells as well as an idle one. Too many are a failure.
 
 In-process is the same DuckDB called from Python without any server: for `one` a new cursor and
 the joined bytes of the Arrow stream per query, for the others a reader whose serialized batches
-are counted and dropped. MB are 10^6 bytes of Arrow stream.
+are counted and dropped. Bare is a process of one thread that sends them over a socket, and does
+nothing else. MB are 10^6 bytes of Arrow stream.
 
 Each repetition has a fresh process, warmed up before the clock starts, and the subjects take
-turns in a random order. The table shows the median, and the least and the greatest value in
-brackets; ratios are ours / published, and ours / in-process, of the medians. The load comes from
-this same machine, so that every figure includes the cost of a client.
+turns in a random order. The tables show the median, and the least and the greatest value in
+brackets; ratios are those of the medians, ours / another. The last lines name the limits that are
+not kept. The load comes from this same machine, so that every figure includes the cost of a client.
+
+A peer has 60 s for a repetition and keeps the figures that it has by then; who needs more than 15 s
+is not asked again. No server but ours may take more than four fifths of the free memory.
 
 Every answer is checked: small ones are decoded, large ones have their rows counted in the metadata
 of the Arrow stream, and each is decoded as a whole once per server (`mixed`) or once per run
@@ -92,6 +98,7 @@ import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from time import perf_counter
 from types import FrameType
 from typing import Any
 
@@ -166,7 +173,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from . import report
     from .session import Session
 
-    began = datetime.now(timezone.utc)
+    began, start = datetime.now(timezone.utc), perf_counter()
     sheets = []
     environments = arguments.environments.absolute()
     series = arguments.duckdb or (DUCKDBS[0] if arguments.quick else "both")
@@ -185,6 +192,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if not arguments.only:
             session.guard(sheets[-1])
         print(f"\n{report.table(sheets[-1])}\n", flush=True)
+    minutes, seconds = divmod(round(perf_counter() - start), 60)
+    print(f"took {minutes}:{seconds:02}", flush=True)
     document = report.document(sheets, sys.argv[1:], began)
     if arguments.json:
         text = json.dumps(document, indent=2, ensure_ascii=False)

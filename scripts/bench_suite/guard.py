@@ -1,9 +1,9 @@
 """A guard against regressions that no clock is needed for: counts of one answer, and their limits.
 
 Of what can be counted, these were the steadiest. In five runs each with DuckDB 1.5 and 2 on two
-cores that other programs kept busy, the calls of a small answer varied by 1 %, those of a large one
-by 6 %, the switches by 15 %, and the modules not at all, while answers a second of the same servers
-varied by a factor of five.
+cores, beside none to four other programs that never waited, the calls of a small answer varied by
+1 %, those of a large one by 13 %, the switches by 8 %, and the modules not at all, while answers a
+second of the same servers varied by a factor of three.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SECONDS = 60.0
 class Count:
     """Something that is counted, and the most it may be by DuckDB series.
 
-    A limit is what was found plus some three times what it varies by. Where a change needs more,
-    the limit goes up in the commit of that change, which says why.
+    A limit is what was found plus some three times what it varies by, and 5 % for modules. Where a
+    change needs more, the limit goes up in the commit of that change, which says why.
     """
 
     key: str
@@ -38,7 +38,7 @@ COUNTS = (
     Count("switches", "switches of context for select 1", {"1.5": 6.5, "2": 8.5}),
     # An answer that leaves something behind leaves more than one block each time.
     Count("blocks", "blocks of memory that select 1 leaves", {"1.5": 1, "2": 1}),
-    Count("modules", "modules loaded by a server", {"1.5": 460, "2": 475}),
+    Count("modules", "modules loaded by a server", {"1.5": 417, "2": 432}),
 )
 
 

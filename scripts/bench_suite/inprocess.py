@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from . import tpch
 from .answers import LARGE, MIXED, ONE, Query, Upload, WrongAnswer, gigabyte
+from .bare_process import END_OF_STREAM, reader_of
 from .growth import HEAVY_CLIENTS, by_rows
 from .hub import bare_fan_out
 from .load import Rate, Sample, Stream
@@ -28,21 +29,10 @@ from .plan import FULL, QUICK, Effort
 from .servers import Usage
 from .workloads import SUBSCRIBED, large_sample
 
-BATCH_ROWS = 10_000
-
-END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-
-
-def _reader(cursor: duckdb.DuckDBPyConnection, query: Query) -> pa.RecordBatchReader:
-    # From 2.0 on execute() copies all rows before the first can be read; until then it was the
-    # quicker of the two.
-    ask = cursor.execute if duckdb.__version__.startswith("1.") else cursor.sql
-    return ask(query.sql).to_arrow_reader(BATCH_ROWS)
-
 
 def _chunks(database: duckdb.DuckDBPyConnection, query: Query) -> Iterator[pa.Buffer | bytes]:
     with database.cursor() as cursor:
-        reader = _reader(cursor, query)
+        reader = reader_of(cursor, query.sql)
         yield reader.schema.serialize()
         for batch in reader:
             yield batch.serialize()
@@ -76,7 +66,7 @@ def _stream(database: duckdb.DuckDBPyConnection, query: Query) -> Stream:
     first_byte = first_rows = 0.0
     asked = perf_counter()
     with database.cursor() as cursor:
-        reader = _reader(cursor, query)
+        reader = reader_of(cursor, query.sql)
         size += len(reader.schema.serialize())
         first_byte = perf_counter()
         for batch in reader:
@@ -129,7 +119,10 @@ def _heavy(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
 
 def _rows(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:
     _repeat(database, ONE, effort.warm_up)
-    return by_rows(effort, lambda query: _stream(database, query))
+    sample: Sample = {}
+    for point in by_rows(effort, lambda query: _stream(database, query)):
+        sample |= point
+    return sample
 
 
 def _start(database: duckdb.DuckDBPyConnection, effort: Effort) -> Sample:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import quack, quack_process
+from . import bare_process, quack, quack_process
 from .answers import Query
+from .bare_client import BareConnection
 from .http_client import HttpConnection, Mosaic, Roapi
 from .websocket import Connection, Conversation
 
@@ -17,13 +18,14 @@ class Peer:
     """One kind of server.
 
     `command` takes its environment, the port, the Parquet files of the tables it shall have, and
-    options; a server that `executes` is told to load the tables when it runs. `module` is what
-    its process imports first, where that is Python. Where answers are not Arrow, `checks` and
-    `times` ask with a client of its own, and raise `WrongAnswer`.
+    options; a server that `executes` is told to load the tables when it runs. It runs when it
+    answers the path in `healthy` with these bytes, or takes connections if that is None. `module`
+    is what its process imports first, where that is Python. Where answers are not Arrow, `checks`
+    and `times` ask with a client of its own, and raise `WrongAnswer`.
     """
 
     command: Callable[[Path, int, Sequence[Path], Sequence[str]], list[str | Path]]
-    healthy: tuple[str, bytes]
+    healthy: tuple[str, bytes] | None
     connect: Callable[[int], Conversation]
     module: str = ""
     executes: bool = True
@@ -49,6 +51,12 @@ def _quack(
     environment: Path, port: int, tables: Sequence[Path], options: Sequence[str]
 ) -> list[str | Path]:
     return [environment / "bin" / "python", quack_process.__file__, "serve", str(port), *tables]
+
+
+def _bare(
+    environment: Path, port: int, tables: Sequence[Path], options: Sequence[str]
+) -> list[str | Path]:
+    return [environment / "bin" / "python", bare_process.__file__, str(port), *tables]
 
 
 def _roapi(
@@ -88,4 +96,5 @@ PEERS = {
         executes=False,
         speaks_duckdb=False,
     ),
+    "bare": Peer(_bare, None, BareConnection, executes=False),
 }

@@ -14,8 +14,8 @@ PEERS = {
 }
 """What else one might use. By the names of their columns."""
 
-SUBJECTS = ("published", "ours", *PEERS, "in-process")
-"""The servers, and the engine alone: what no server can beat."""
+SUBJECTS = ("published", "ours", *PEERS, "bare", "in-process")
+"""The servers, the smallest that could be, and the engine alone: what no server can beat."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Workload:
     in_process: bool
     published: bool = True
     peers: bool = False
+    bare: bool = False
     tables: tuple[str, ...] = ()
     curves: tuple[Curve, ...] = ()
     usual: bool = True
@@ -75,7 +76,12 @@ class Workload:
 
     @property
     def subjects(self) -> list[str]:
-        able = {"published": self.published, "ours": True, "in-process": self.in_process}
+        able = {
+            "published": self.published,
+            "ours": True,
+            "bare": self.bare,
+            "in-process": self.in_process,
+        }
         return [subject for subject in SUBJECTS if able.get(subject, self.peers)]
 
 
@@ -89,6 +95,7 @@ WORKLOADS = (
         ),
         in_process=True,
         peers=True,
+        bare=True,
     ),
     Workload(
         "many",
@@ -124,6 +131,7 @@ WORKLOADS = (
         ),
         in_process=True,
         peers=True,
+        bare=True,
         tables=("mixed",),
     ),
     Workload(
@@ -151,6 +159,7 @@ WORKLOADS = (
         ),
         in_process=True,
         peers=True,
+        bare=True,
     ),
     Workload(
         "rows",
@@ -162,6 +171,7 @@ WORKLOADS = (
         brief=False,
         in_process=True,
         peers=True,
+        bare=True,
         curves=(
             Curve("r", "two columns of integers", "MB/s", "rows", ROWS),
             Curve("s", "two columns of integers, whole answer", "ms", "rows", ROWS),
@@ -183,6 +193,7 @@ WORKLOADS = (
             Metric("mbps", "50 streams at once", "MB/s", True),
             Metric("cancel", "  cancel among ten", "ms", False, required=100, absolute=True),
         ),
+        brief=False,
         in_process=False,
         published=False,
     ),
@@ -209,6 +220,7 @@ WORKLOADS = (
             Metric("seconds", "1,000 equal queries", "s", False),
             Metric("share", "  to one alone", "x", False),
         ),
+        brief=False,
         in_process=False,
         published=False,
     ),
@@ -218,6 +230,7 @@ WORKLOADS = (
             Metric("median", "1,000 watchers, median", "ms", False, required=50, absolute=True),
             Metric("last", "  the last one", "ms", False),
         ),
+        brief=False,
         in_process=False,
         published=False,
     ),
@@ -227,6 +240,7 @@ WORKLOADS = (
             Metric("last", "200 live, the last one", "ms", False),
             Metric("cpu", "  CPU, to one subscriber", "x", False, required=2, absolute=True),
         ),
+        brief=False,
         in_process=False,
         published=False,
     ),
@@ -242,6 +256,7 @@ WORKLOADS = (
     Workload(
         "stalled",
         (Metric("rate", "10 of 100 stalled", "msg/s", True),),
+        brief=False,
         in_process=False,
         published=False,
     ),
@@ -251,6 +266,7 @@ WORKLOADS = (
             Metric("size", "2,000 subscribed, each", "kB", False, required=10, absolute=True),
             Metric("cpu", "  CPU of all, idle", "%", False, required=0.2, absolute=True),
         ),
+        brief=False,
         in_process=False,
     ),
     Workload(
@@ -282,6 +298,7 @@ WORKLOADS = (
             # The aim is none at all, met by what rounds to 0.0 %: a timer a second is a little.
             Metric("cpu", "idle, CPU", "%", False, required=0.2, aim=0.05, absolute=True),
         ),
+        brief=False,
         in_process=False,
         peers=True,
     ),
@@ -313,6 +330,8 @@ WORKLOADS = (
             Metric("late", "  to that of the first minute", "x", False),
             Metric("memory", "  memory after the first minute", "MB", False),
             Metric("growth", "  growth in the last half", "MB", False),
+            Metric("descriptors", "  left open", "descriptors", False),
+            Metric("threads", "  more than at its start", "threads", False),
         ),
         in_process=False,
         published=False,
@@ -342,26 +361,26 @@ class Effort:
 
 FULL = Effort(
     {
-        "one": 7,
-        "many": 7,
+        "one": 5,
+        "many": 5,
         "clients": 3,
-        "mixed": 7,
+        "mixed": 5,
         "tpch": 3,
-        "large": 5,
+        "large": 3,
         "rows": 3,
         "chunked": 5,
         "streams": 3,
-        "upload": 5,
+        "upload": 3,
         "cached": 5,
         "burst": 3,
         "watch": 3,
         "live": 3,
-        "fanout": 7,
+        "fanout": 3,
         "stalled": 3,
-        "subscribed": 3,
-        "rooms": 5,
-        "plugins": 5,
-        "idle": 3,
+        "subscribed": 2,
+        "rooms": 3,
+        "plugins": 3,
+        "idle": 2,
         "start": 5,
         "memory": 3,
         "soak": 1,
@@ -372,33 +391,9 @@ FULL = Effort(
     edits=500,
 )
 QUICK = Effort(
-    {
-        "one": 2,
-        "many": 2,
-        "clients": 1,
-        "mixed": 1,
-        "tpch": 1,
-        "large": 1,
-        "rows": 1,
-        "chunked": 1,
-        "streams": 1,
-        "upload": 1,
-        "cached": 1,
-        "burst": 1,
-        "watch": 1,
-        "live": 1,
-        "fanout": 1,
-        "stalled": 1,
-        "subscribed": 1,
-        "rooms": 1,
-        "plugins": 1,
-        "idle": 1,
-        "start": 1,
-        "memory": 1,
-        "soak": 1,
-    },
+    dict.fromkeys(FULL.repetitions, 1),
     warm_up=0.2,
-    window=1.0,
+    window=0.8,
     mixed_answers=3,
     edits=200,
     rows=QUICK_ROWS,

@@ -7,6 +7,8 @@ from html import escape
 from math import ceil, floor, log10
 from typing import Any
 
+from .figures import short
+
 WIDTH = 720
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 96, 44, 44
 _HEIGHT = 360
@@ -20,6 +22,7 @@ _COLOURS = {
     "mosaic": ("#007a56", "#2fc49b"),
     "quack": ("#a3467a", "#e3a0c6"),
     "roapi": ("#8a7a00", "#f0e442"),
+    "bare": ("#c1272d", "#ff8a80"),
     "in-process": ("#6a6a6a", "#a8a8a8"),
 }
 
@@ -70,13 +73,16 @@ def curve(found: Mapping[str, Any]) -> str:
     for value in sorted(set(across)):
         parts.append(_grid(x(value), _TOP, x(value), _HEIGHT - _BOTTOM))
         parts.append(_text(x(value), _HEIGHT - _BOTTOM + 18, short(value), "middle"))
-    labels = _apart({name: y(some[-1][1]) for name, some in points.items()}, 14)
+    labels = _apart({name: y(some[-1][1]) for name, some in points.items()}, 14, _HEIGHT - _BOTTOM)
     for name, some in points.items():
         path = " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in some)
         parts.append(f'<polyline class="line {name}" points="{path}"/>')
         for at, value in some:
             parts.append(f'<circle class="{name}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="3"/>')
-        parts.append(_text(x(some[-1][0]) + 8, labels[name] + 4, name, ""))
+        # At the margin even where a curve ends before it; the dot tells which it is.
+        margin = WIDTH - _RIGHT + 16
+        parts.append(f'<circle class="{name}" cx="{margin}" cy="{labels[name]:.1f}" r="4"/>')
+        parts.append(_text(margin + 10, labels[name] + 4, name, ""))
     return _image(_HEIGHT, title, parts)
 
 
@@ -101,20 +107,15 @@ def bars(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return _image(at, title, parts)
 
 
-def short(value: float) -> str:
-    """A number in few characters: 512, 10 k, 60 M."""
-    for size, letter in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if letter == ' k' else size):.3g}{letter}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _apart(places: Mapping[str, float], least: float) -> dict[str, float]:
-    """The places of labels, moved down where they would lie upon each other."""
+def _apart(places: Mapping[str, float], least: float, lowest: float) -> dict[str, float]:
+    """The places of labels, moved where they would lie upon each other or below `lowest`."""
     moved: dict[str, float] = {}
-    lowest = float("-inf")
+    at = float("-inf")
     for name, place in sorted(places.items(), key=lambda item: item[1]):
-        moved[name] = lowest = max(place, lowest + least)
+        moved[name] = at = max(place, at + least)
+    at = lowest + least
+    for name in reversed(moved):
+        moved[name] = at = min(moved[name], at - least)
     return moved
 
 

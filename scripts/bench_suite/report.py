@@ -6,167 +6,20 @@ import os
 import platform
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from . import guard
-from .plan import PEERS, SUBJECTS, WORKLOADS, Metric
+from .plan import PEERS, WORKLOADS
+from .rows import Row, rows
 from .session import Sheet
 
-COLUMNS = (
-    "workload",
-    "published",
-    "ours",
-    "ratio",
-    "required",
-    "aim",
-    "in-process",
-    "ours vs in-process",
-)
-
-
-BESIDE = (
-    "workload",
-    "published",
-    *PEERS,
-    "ours",
-    "to the best peer",
-    "aim",
-    "in-process",
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One metric of one workload, with its values by subject."""
-
-    workload: str
-    metric: Metric
-    values: dict[str, list[float]]
-
-    def median(self, subject: str) -> float | None:
-        values = self.values.get(subject)
-        return median(values) if values else None
-
-    def ratio(self, base: str) -> float | None:
-        """Ours / base, of the medians. Less than nothing counts as next to nothing."""
-        ours, other = self.median("ours"), self.median(base)
-        if ours is None or other is None:
-            return None
-        return max(ours, 1e-3) / max(other, 1e-3)
-
-    def met(self, limit: float | None, *, against: str = "published") -> bool | None:
-        """Whether a limit of the metric is kept; None where there is nothing to compare."""
-        ours = self.median("ours") if self.metric.absolute else self.ratio(against)
-        if limit is None or ours is None:
-            return None
-        return ours >= limit if self.metric.more_is_better else ours <= limit
-
-    def best_peer(self) -> str | None:
-        """The peer with the best median."""
-        found = {peer: middle for peer in PEERS if (middle := self.median(peer)) is not None}
-        best = max if self.metric.more_is_better else min
-        return best(found, key=found.__getitem__) if found else None
-
-    def beside(self) -> list[str]:
-        """The cells of the table of peers."""
-        best = self.best_peer()
-        ratio = f"{self._times(self.ratio(best))} {best}" if best else ""
-        limit = self._limit(self.metric.beside, against=best) if best else ""
-        return [
-            self.metric.label,
-            *(self._values(subject) for subject in ("published", *PEERS, "ours")),
-            ratio,
-            limit,
-            self._values("in-process"),
-        ]
-
-    def cells(self) -> list[str]:
-        metric = self.metric
-        vs_engine = self.ratio("in-process")
-        bound = self._limit(metric.bound, against="in-process") if metric.bound else ""
-        return [
-            metric.label,
-            self._values("published"),
-            self._values("ours"),
-            self._times(self.ratio("published")),
-            self._limit(metric.required),
-            self._limit(metric.aim),
-            self._values("in-process"),
-            " ".join(filter(None, [self._times(vs_engine), bound and f"({bound})"])),
-        ]
-
-    def as_json(self) -> dict[str, Any]:
-        metric, best = self.metric, self.best_peer()
-        return {
-            "workload": self.workload,
-            "metric": metric.key,
-            "label": metric.label.strip(),
-            "unit": metric.unit,
-            "more_is_better": metric.more_is_better,
-            "samples": self.values,
-            "median": {subject: self.median(subject) for subject in self.values},
-            "ratio": self.ratio("published"),
-            "absolute": metric.absolute,
-            "required": metric.required,
-            "required_met": self.met(metric.required),
-            "aim": metric.aim,
-            "aim_met": self.met(metric.aim),
-            "ours_vs_in_process": self.ratio("in-process"),
-            "bound": metric.bound,
-            "bound_met": self.met(metric.bound, against="in-process"),
-            "best_peer": best,
-            "ours_vs_best_peer": self.ratio(best) if best else None,
-            "beside": metric.beside,
-            "beside_met": self.met(metric.beside, against=best) if best else None,
-        }
-
-    def _values(self, subject: str) -> str:
-        values = self.values.get(subject)
-        if values is None:
-            return ""
-        if not values:
-            return "failed"
-        middle = f"{_figure(median(values))} {self.metric.unit}"
-        if len(values) == 1:
-            return middle
-        return f"{middle} ({_figure(min(values))}-{_figure(max(values))})"
-
-    def _limit(self, limit: float | None, *, against: str = "published") -> str:
-        if limit is None:
-            return ""
-        sign = "≥" if self.metric.more_is_better else "≤"
-        text = f"{limit:g} {self.metric.unit}" if self.metric.absolute else self._times(limit)
-        mark = {True: " ✓", False: " ✗", None: ""}[self.met(limit, against=against)]
-        return f"{sign} {text}{mark}"
-
-    def _times(self, ratio: float | None) -> str:
-        if ratio is None:
-            return ""
-        if ratio < 0.5 and not self.metric.more_is_better:
-            return f"1/{_figure(1 / ratio)}"
-        return f"{_figure(ratio)}x"
-
-
-def rows(sheet: Sheet) -> list[Row]:
-    """The metrics of all that was measured."""
-    found = []
-    for workload in WORKLOADS:
-        samples = sheet.samples.get(workload.name, {})
-        for metric in workload.metrics:
-            values = {
-                subject: [sample[metric.key] for sample in samples[subject]]
-                for subject in SUBJECTS
-                if subject in samples
-                # Not all are written in Python, for one.
-                and all(metric.key in sample for sample in samples[subject])
-            }
-            if values:
-                found.append(Row(workload.name, metric, values))
-    return found
+COLUMNS = ("workload", "published", "ours", "ratio", "required", "aim")
+BESIDE = ("workload", *PEERS, "ours", "ours vs best peer", "aim")
+BOUNDS = ("workload", "ours", "bare", "ours vs bare", "in-process", "ours vs in-process", "aim")
 
 
 def table(sheet: Sheet) -> str:
@@ -177,14 +30,47 @@ def table(sheet: Sheet) -> str:
         f"DuckDB {ours['duckdb']}, pyarrow {ours['pyarrow']}, Python {ours['python']}: "
         f"{', '.join(f'{subject} {version}' for subject, version in versions(sheet).items())}",
         "",
-        *_aligned([COLUMNS, *(row.cells() for row in found)]),
+        *_aligned([COLUMNS, *map(_beside_published, found)]),
     ]
-    if compared := [row.beside() for row in found if row.best_peer()]:
+    if compared := [_beside_peers(row) for row in found if any(p in row.values for p in PEERS)]:
         text += ["", *_aligned([BESIDE, *compared])]
+    if bounded := [_below_bounds(row) for row in found if {"bare", "in-process"} & {*row.values}]:
+        text += ["", *_aligned([BOUNDS, *bounded])]
     if sheet.counts:
         text += ["", *guard.lines(sheet.counts, sheet.duckdb)]
+    if missed := [line for row in found for line in row.missed()]:
+        text += ["", "missed:", *(f"  {line}" for line in missed)]
     text += [f"! {problem}" for problem in [*sheet.failures, *sheet.remarks]]
     return "\n".join(text)
+
+
+def _beside_published(row: Row) -> list[str]:
+    return [
+        row.metric.label,
+        row.cell("published"),
+        row.cell("ours"),
+        row.times("published"),
+        row.limits("published", "required"),
+        row.limits("published", "aim"),
+    ]
+
+
+def _beside_peers(row: Row) -> list[str]:
+    best = row.best_peer()
+    cells = [row.cell(subject) for subject in (*PEERS, "ours")]
+    return [row.metric.label, *cells, f"{row.times(best)} {best or ''}".strip(), row.limits(best)]
+
+
+def _below_bounds(row: Row) -> list[str]:
+    return [
+        row.metric.label,
+        row.cell("ours"),
+        row.cell("bare"),
+        row.times("bare"),
+        row.cell("in-process"),
+        row.times("in-process"),
+        row.limits("in-process"),
+    ]
 
 
 def versions(sheet: Sheet) -> dict[str, str]:
@@ -240,8 +126,10 @@ def document(sheets: Sequence[Sheet], arguments: Sequence[str], began: datetime)
                 "duckdb": sheet.duckdb,
                 "versions": sheet.versions,
                 "rows": [row.as_json() for row in rows(sheet)],
+                "missed": [line for row in rows(sheet) for line in row.missed()],
                 "curves": curves(sheet),
                 "counts": sheet.counts,
+                "counted": list(guard.lines(sheet.counts, sheet.duckdb)) if sheet.counts else [],
                 "text": table(sheet),
                 "failures": sheet.failures,
                 "remarks": sheet.remarks,
@@ -266,7 +154,3 @@ def machine() -> dict[str, Any]:
 def _proc_field(file: str, name: str) -> str:
     found = re.search(rf"^{name}\s*:\s*(.*)$", Path("/proc", file).read_text(), re.MULTILINE)
     return found.group(1) if found else ""
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

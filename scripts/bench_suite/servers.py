@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 
 from . import load
-from .answers import Query
+from .answers import Query, WrongAnswer
+from .patience import sacrifice
 from .peers import SQLROOMS, Peer
 from .replies import Answers, SameAnswers
 from .websocket import Conversation
@@ -63,6 +64,13 @@ class Usage:
             for line in file.read_text().splitlines()
             if line.startswith("voluntary_ctxt_switches")
         )
+
+    def descriptors(self) -> int:
+        """How many files and sockets it has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def threads(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/task"))
 
     def stay_on(self, core: int) -> None:
         """Keep all its threads, and those they start, on one core."""
@@ -180,10 +188,13 @@ def starting(
                 start_new_session=True,
             )
         try:
+            sacrifice(process.pid, limited=not environment.name.startswith("ours"))
             server = Server(port, Usage(process.pid), environment, peer)
             yield server, partial(_wait_until_healthy, process, port, peer)
         except (OSError, ServerFailed) as error:
             raise ServerFailed(f"{error}{_state(process)}{_tail(log)}") from error
+        except WrongAnswer as error:
+            raise WrongAnswer(f"{error}{_state(process)}{_tail(log)}") from error
         finally:
             _stop(process)
 
@@ -215,6 +226,10 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, peer: Peer)
 
 
 def _is_healthy(port: int, peer: Peer) -> bool:
+    if peer.healthy is None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+            return True
+        return False
     path, answer = peer.healthy
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
     try:

@@ -10,10 +10,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 
-from . import guard
+from . import guard, patience
 from .answers import WrongAnswer
 from .load import Sample
+from .patience import TookTooLong
 from .peers import PEERS as SERVERS
 from .plan import FULL, PEERS, QUICK, Effort, Workload
 from .servers import ServerFailed, running
@@ -40,7 +42,7 @@ class Sheet:
     """The samples of one DuckDB series, by workload and subject, and what went wrong.
 
     `failures` are faults of ours or of the machine; `remarks` concern the other servers: what they
-    did not do, and why.
+    did not do, and why. `missing` says the latter in few words, by workload and subject.
     """
 
     duckdb: str
@@ -48,6 +50,7 @@ class Sheet:
     samples: dict[str, dict[str, list[Sample]]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    missing: dict[str, dict[str, str]] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
 
 
@@ -78,24 +81,43 @@ class Session:
                 for subject in workload.subjects
                 if subject not in PEERS or (asked and subject in peers)
             ]
-            found = sheet.samples[workload.name] = {subject: [] for subject in subjects}
-            failed: set[str] = set()
+            sheet.samples[workload.name] = {subject: [] for subject in subjects}
+            done: set[str] = set()
             for repetition in range(self._effort.repetitions[workload.name]):
                 # Not only by turns: what disturbs the machine at intervals must hit all alike.
                 random.shuffle(subjects)
-                for subject in (s for s in subjects if s not in failed):
-                    where = f"DuckDB {self.duckdb}, {workload.name}, {subject}"
-                    try:
-                        sample = self._sample(workload, subject, first=repetition == 0)
-                    except (ServerFailed, WrongAnswer, OSError) as error:
-                        say(f"{where}: {error}")
-                        failed.add(subject)
-                        self._problems(sheet, subject).append(f"{where}: {error}")
-                    else:
-                        found[subject].append(sample)
-                        figures = "  ".join(f"{key} {value:.4g}" for key, value in sample.items())
-                        say(f"{where}, {repetition + 1}: {figures}")
+                for subject in (s for s in subjects if s not in done):
+                    if not self._repeat(sheet, workload, subject, repetition, say):
+                        done.add(subject)
         return sheet
+
+    def _repeat(
+        self,
+        sheet: Sheet,
+        workload: Workload,
+        subject: str,
+        repetition: int,
+        say: Callable[[str], None],
+    ) -> bool:
+        """Measure once, and keep what was found. Whether it may be asked again."""
+        where = f"DuckDB {self.duckdb}, {workload.name}, {subject}"
+        sample: Sample = {}
+        error: Exception | None = None
+        began = perf_counter()
+        try:
+            self._measure(workload, subject, sample, first=repetition == 0)
+        except (ServerFailed, WrongAnswer, TookTooLong, OSError) as caught:
+            error = caught
+            sheet.missing.setdefault(workload.name, {})[subject] = patience.reason(error)
+            self._problems(sheet, subject).append(f"{where}: {error}")
+        if sample:
+            sheet.samples[workload.name][subject].append(sample)
+        figures = "  ".join(f"{key} {value:.4g}" for key, value in sample.items())
+        problem = f"  ! {error}" if error else ""
+        seconds = perf_counter() - began
+        say(f"{where}, {repetition + 1}, {seconds:.1f} s: {figures}{problem}")
+        slow = seconds > patience.SLOW_SECONDS and subject != "ours"
+        return not error and not slow
 
     @property
     def _effort(self) -> Effort:
@@ -111,8 +133,7 @@ class Session:
             sheet.failures += guard.exceeded(sheet.counts, self.duckdb)
 
     def _problems(self, sheet: Sheet, subject: str) -> list[str]:
-        undeclared = subject == "published" and not self.duckdb.startswith("1.")
-        return sheet.remarks if undeclared or subject in PEERS else sheet.failures
+        return sheet.remarks if subject in ("published", *PEERS) else sheet.failures
 
     def _able(self, sheet: Sheet) -> list[str]:
         """The peers that can be measured; why others cannot goes into the remarks."""
@@ -134,8 +155,10 @@ class Session:
         return [self.home / "data" / f"{table}.parquet" for table in workload.tables]
 
     def _environment(self, subject: str) -> Path:
-        of_one_duckdb = self.home / f"{subject}-{self.duckdb}"
-        return of_one_duckdb if of_one_duckdb.exists() else self.home / subject
+        # The smallest server needs just DuckDB, and the same one.
+        owner = "ours" if subject == "bare" else subject
+        of_one_duckdb = self.home / f"{owner}-{self.duckdb}"
+        return of_one_duckdb if of_one_duckdb.exists() else self.home / owner
 
     def _versions(self) -> dict[str, dict[str, str]]:
         return {
@@ -144,12 +167,22 @@ class Session:
             if (self._environment(subject) / "stamp").exists()
         }
 
-    def _sample(self, workload: Workload, subject: str, *, first: bool) -> Sample:
+    def _measure(self, workload: Workload, subject: str, sample: Sample, *, first: bool) -> None:
+        """Put the figures of one repetition into `sample`, as they come."""
         if subject == "in-process":
-            return self._in_process(workload)
+            sample.update(self._in_process(workload))
+            return
         peer, tables = SERVERS[subject], self._tables(workload)
         with running(self._environment(subject), peer=peer, tables=tables) as server:
-            return RUNS[workload.name](server, self._effort, first)
+            with patience.at_most(self._most_seconds(workload, subject)):
+                found = RUNS[workload.name](server, self._effort, first)
+                for some in [found] if isinstance(found, dict) else found:
+                    sample.update(some)
+
+    def _most_seconds(self, workload: Workload, subject: str) -> float:
+        if subject in PEERS:
+            return patience.PEER_SECONDS
+        return patience.OWN_SECONDS + (0 if workload.usual else self._effort.soak)
 
     def _in_process(self, workload: Workload) -> Sample:
         command = [

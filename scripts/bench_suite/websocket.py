@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Protocol
 
 # No byte for this long from a server that owes an answer means that none will come.
-SILENCE = 60.0
+SILENCE = 120.0
 
 READ_SIZE = 1 << 20
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 
 from . import changes, footprint, growth, hooks, hub, load, rooms, soak
@@ -33,8 +33,11 @@ ROOM_SIZE = 5_000_000
 WINDOW = 16 << 20
 UPLOAD_WINDOW = 32 << 20
 
-Run = Callable[[Server, Effort, bool], Sample]
-"""Takes a fresh server, the effort, and whether to decode the answer even where that is dear."""
+Run = Callable[[Server, Effort, bool], Sample | Iterator[Sample]]
+"""Takes a fresh server, the effort, and whether to decode the answer even where that is dear.
+
+Returns all figures, or hands out some after others.
+"""
 
 
 def _one(server: Server, effort: Effort, _: bool) -> Sample:
