@@ -98,6 +98,22 @@ WORKLOADS = (
         bare=True,
     ),
     Workload(
+        "parts",
+        tuple(
+            Metric(key, label, "us", False)
+            for key, label in (
+                ("arrive", "select 1: to the loop"),
+                ("accept", "  decoded, checked, queued"),
+                ("wake", "  a worker wakes"),
+                ("work", "  DuckDB, encoding"),
+                ("return", "  the loop wakes"),
+                ("send", "  sent and received"),
+            )
+        ),
+        in_process=False,
+        published=False,
+    ),
+    Workload(
         "many",
         (
             Metric("qps", "select 1, 8 x 4 in flight", "q/s", True, required=3, aim=4, beside=1.5),
@@ -362,6 +378,7 @@ class Effort:
 FULL = Effort(
     {
         "one": 5,
+        "parts": 5,
         "many": 5,
         "clients": 3,
         "mixed": 5,

@@ -1,4 +1,4 @@
-"""Where the time of `select 1` goes: `python -m bench_suite.timeline`, in the server's environment.
+"""Where the time of `select 1` goes: `python -m bench_suite.timeline` prints JSON.
 
 The server runs in this process, and it is noted when an answer passes from one thread to the next.
 The client is a process of its own, as it always is; both read the same clock of the kernel. So that
@@ -27,14 +27,8 @@ from .websocket import Connection
 
 WARM_UP, QUERIES = 500, 3000
 
-PARTS = (
-    "client to loop",
-    "loop: decode, check, queue",
-    "loop to worker",
-    "worker: DuckDB, encode",
-    "worker to loop",
-    "loop: send, and to client",
-)
+# From one moment to the next. The client has the answer before the loop is done with sending it.
+PARTS = ("arrive", "accept", "wake", "work", "return", "send")
 
 
 class _Moments:
@@ -61,8 +55,8 @@ class _Moments:
         setattr(owner, name, noted)
 
 
-def measure() -> list[tuple[str, float]]:
-    """The parts of an answer, in their order, and the microseconds of each."""
+def measure() -> dict[str, float]:
+    """The microseconds of each of the parts."""
     moments = _Moments()
     moments.watch(Server, "message")
     moments.watch(Scheduler, "submit", at_end=True)
@@ -85,10 +79,10 @@ def measure() -> list[tuple[str, float]]:
     answers = list(zip(asked, *moments.lists, answered, strict=True))[WARM_UP:]
     answers.sort(key=lambda times: times[-1] - times[0])
     middle = answers[len(answers) * 9 // 20 : len(answers) * 11 // 20]
-    return [
-        (part, mean(times[number + 1] - times[number] for times in middle) * 1e6)
+    return {
+        part: mean(times[number + 1] - times[number] for times in middle) * 1e6
         for number, part in enumerate(PARTS)
-    ]
+    }
 
 
 def _ask(port: int) -> tuple[list[float], list[float]]:
@@ -108,13 +102,8 @@ def _ask(port: int) -> tuple[list[float], list[float]]:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        print(json.dumps(_ask(int(sys.argv[1]))))
-        return
-    parts = measure()
-    for part, microseconds in parts:
-        print(f"{part:30}{microseconds:6.0f} us")
-    print(f"{'together':30}{sum(time for _, time in parts):6.0f} us")
+    # With a port, it is the client.
+    print(json.dumps(_ask(int(sys.argv[1])) if len(sys.argv) > 1 else measure()))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import median
 
 from . import changes, footprint, growth, hooks, hub, load, rooms, soak
@@ -10,7 +14,7 @@ from .answers import LARGE, MIXED, ONE, gigabyte, numbered
 from .load import Sample
 from .plan import Effort
 from .replies import Whole
-from .servers import Server, apart, running
+from .servers import Server, ServerFailed, apart, running
 from .websocket import Connection
 
 CONNECTIONS, IN_FLIGHT = 8, 4
@@ -206,6 +210,20 @@ def _plugins(server: Server, effort: Effort, _: bool) -> Sample:
     }
 
 
+def _parts(server: Server, effort: Effort, _: bool) -> Sample:
+    done = subprocess.run(
+        [server.environment / "bin" / "python", "-m", f"{__package__}.timeline"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=90.0,
+    )
+    if done.returncode:
+        raise ServerFailed(done.stderr.strip()[-500:])
+    sample: Sample = json.loads(done.stdout)
+    return sample
+
+
 def _idle(server: Server, effort: Effort, _: bool) -> Sample:
     with server.connect() as connection:
         load.one_at_a_time(connection, ONE, effort.warm_up, server.answers(ONE))
@@ -236,6 +254,7 @@ RUNS: dict[str, Run] = {
     "subscribed": _subscribed,
     "rooms": _rooms,
     "plugins": _plugins,
+    "parts": _parts,
     "idle": _idle,
     "start": footprint.start,
     "memory": footprint.memory,
