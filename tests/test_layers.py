@@ -53,7 +53,7 @@ LAYERS = [
 CLIENT = {"client", "query_command"}
 
 OWNERS = {
-    "socketify": {"transport/native.py"},
+    "socketify": set(),
     "cffi": set(),
     "_cffi_backend": {"transport/native_types.py"},
     "diskcache": {"cache/"},

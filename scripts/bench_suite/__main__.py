@@ -79,15 +79,16 @@ turns in a random order. The tables show the median, and the least and the great
 brackets; ratios are those of the medians, ours / another. The last lines name the limits that are
 not kept. The load comes from this same machine, so that every figure includes the cost of a client.
 
-A peer has 60 s for a repetition and keeps the figures that it has by then; who needs more than 15 s
-is not asked again. No server but ours may take more than four fifths of the free memory.
+Mosaic, Quack and roapi have 60 s for a repetition and keep the figures that they have by then;
+whoever else than ours needs more than 15 s is not asked again. No server but ours may take more
+than four fifths of the free memory.
 
 Every answer is checked: small ones are decoded, large ones have their rows counted in the metadata
 of the Arrow stream, and each is decoded as a whole once per server (`mixed`) or once per run
 (`large`), with the sums of its columns compared.
 
-Exit code: 0, however slow; 1 for a wrong answer of ours, a server of ours that did not start or did
-not stay, or a count above its limit.
+Exit code: 1 for a wrong answer of ours, a server of ours that did not start, did not stay or took
+300 s for a repetition, a bound that failed, or a count above its limit; otherwise 0, however slow.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import selectors
 import socket
-import struct
 import time
 
 from .bare_process import FRAME, QUESTION
-from .websocket import READ_SIZE, SILENCE, Disconnected, Receiver
+from .replies import arrow_head
+from .websocket import READ_SIZE, SILENCE, Disconnected, Receiver, limit_silence
 
 
 class BareConnection:
@@ -25,12 +25,7 @@ class BareConnection:
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=SILENCE)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # The kernel's own timeouts: Python's would add a poll() to every read.
-        self._socket.settimeout(None)
-        limit = struct.pack("ll", int(SILENCE), 0)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        limit_silence(self._socket)
         self._buffer = memoryview(bytearray(READ_SIZE))
         self._head = bytearray()
         self._left = 0
@@ -53,8 +48,7 @@ class BareConnection:
         if before not in self._questions:
             sql = json.loads(text)["sql"].encode()
             self._questions[before] = QUESTION.pack(len(sql)) + sql
-        header = b'{"type": "arrow", "queryId": "%b"}' % rest[: rest.index(b'"')]
-        self._prefix = struct.pack(">I", len(header)) + header
+        self._prefix = arrow_head(rest[: rest.index(b'"')])
         self._socket.sendall(self._questions[before])
 
     def receive(self, receiver: Receiver) -> None:

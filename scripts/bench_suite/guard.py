@@ -8,12 +8,11 @@ second of the same servers varied by a factor of three.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from .servers import run_module
 
 TRIES = 3
 SECONDS = 60.0
@@ -42,14 +41,10 @@ COUNTS = (
 )
 
 
-class NotCounted(Exception):
-    """The process that counts failed."""
-
-
 def count(environment: Path, duckdb: str) -> dict[str, float]:
     """The counts of the server in an environment; the least of some tries, if one is too many.
 
-    What disturbs the machine can only add to them.
+    What disturbs the machine can only add to them. Raises `ServerFailed`.
     """
     least = _count(environment)
     for _ in range(TRIES - 1):
@@ -74,20 +69,4 @@ def lines(found: Mapping[str, float], duckdb: str) -> Iterator[str]:
 
 
 def _count(environment: Path) -> dict[str, float]:
-    surroundings = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    try:
-        done = subprocess.run(
-            [environment / "bin" / "python", "-m", f"{__package__}.counts"],
-            cwd=environment,
-            env=surroundings,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            start_new_session=True,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise NotCounted(f"not done after {SECONDS:.0f} s") from error
-    if done.returncode:
-        raise NotCounted(done.stderr.strip()[-1000:])
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    return run_module(environment, "counts", seconds=SECONDS)

@@ -57,10 +57,6 @@ def beside_sleepers(port: int, seconds: float) -> tuple[list[float], list[float]
     return quiet, beside
 
 
-def percentile(latencies: list[float], percent: int) -> float:
-    return sorted(latencies)[len(latencies) * percent // 100]
-
-
 def ratio(latencies: list[float], base: list[float]) -> float:
     """Of the medians."""
     return median(latencies) / median(base)

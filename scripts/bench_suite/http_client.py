@@ -13,11 +13,11 @@ import os
 import select
 import selectors
 import socket
-import struct
 import time
 from typing import Protocol
 
-from .websocket import READ_SIZE, SILENCE, Disconnected, Receiver
+from .replies import arrow_head
+from .websocket import READ_SIZE, SILENCE, Disconnected, Receiver, limit_silence
 
 # As often as DuckDB's client, by its setting http_retries.
 RETRIES = 3
@@ -111,8 +111,7 @@ class HttpConnection:
             path, headers, body = self._dialect.request(fields["type"], fields["sql"])
             self._requests[before] = _request(self._port, path, headers, body)
         self._kind = b"exec" if before.startswith(b'{"type": "exec"') else b"arrow"
-        header = b'{"type": "arrow", "queryId": "%b"}' % query_id
-        self._prefix = struct.pack(">I", len(header)) + header
+        self._prefix = arrow_head(query_id)
         if self._closing or (self._dialect.renewed and self._used):
             self._socket.close()
             self._socket = self._connect()
@@ -214,12 +213,7 @@ class HttpConnection:
             raise Disconnected(f"no connection within {SILENCE:.0f} s")
         if error := self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             raise Disconnected(f"no connection: {os.strerror(error)}")
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # The kernel's own timeouts: Python's would add a poll() to every read.
-        self._socket.setblocking(True)
-        limit = struct.pack("ll", int(SILENCE), 0)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        limit_silence(self._socket)
         self._watch_for(selectors.EVENT_READ)
         self._socket.sendall(self._unsent)
         self._unsent = b""

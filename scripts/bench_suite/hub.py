@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from .answers import WrongAnswer
-from .load import Sample, as_message
+from .load import Sample, as_message, p99
 from .replies import Whole
 from .servers import Usage, apart
 from .websocket import READ_SIZE, SILENCE, Connection, Disconnected
@@ -38,8 +38,7 @@ class FanOut:
     burst_rate: float
 
     def sample(self) -> Sample:
-        p99 = sorted(self.latencies)[len(self.latencies) * 99 // 100]
-        return {"rate": self.rate, "p99": p99 * 1e3, "burst": self.burst_rate}
+        return {"rate": self.rate, "p99": p99(self.latencies) * 1e3, "burst": self.burst_rate}
 
 
 def fan_out(port: int, subscribers: int, seconds: float) -> FanOut:

@@ -31,6 +31,13 @@ Sample = dict[str, float]
 """What one repetition of a workload found, by the key of the metric."""
 
 
+def p99(latencies: Sequence[float]) -> float:
+    """The 99th percentile. Raises `WrongAnswer` when there is no answer."""
+    if not latencies:
+        raise WrongAnswer("no answer in a part of the time")
+    return sorted(latencies)[len(latencies) * 99 // 100]
+
+
 @dataclass(frozen=True)
 class Rate:
     """Answers received in a window of `seconds`, and how long each of them took."""
@@ -46,7 +53,7 @@ class Rate:
         return {
             "qps": len(ordered) / self.seconds,
             "p50": ordered[len(ordered) // 2] * 1e3,
-            "p99": ordered[len(ordered) * 99 // 100] * 1e3,
+            "p99": p99(ordered) * 1e3,
         }
 
 

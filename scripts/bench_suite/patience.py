@@ -11,9 +11,9 @@ from types import FrameType
 
 from .answers import WrongAnswer
 
-# A repetition of a workload; those of the server that is measured may take long on a busy machine.
+# A repetition of a workload, by one of PEERS; others may take long on a busy machine.
 PEER_SECONDS = 60.0
-OWN_SECONDS = 300.0
+OTHERS_SECONDS = 300.0
 # Who takes longer than this is not asked again: a run of all workloads has to end.
 SLOW_SECONDS = 15.0
 
@@ -55,12 +55,16 @@ def at_most(seconds: float) -> Iterator[None]:
 def sacrifice(pid: int, *, limited: bool) -> None:
     """Have this process die, and not the benchmark, when memory runs out.
 
-    With `limited`, it is refused more than what is free now.
+    With `limited`, it is refused more memory of its own than what is free now: `RLIMIT_DATA`, which
+    counts no address space that is only reserved.
     """
     Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
     if limited:
         most = int(_free_memory() * _MEMORY_SHARE)
-        resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+        hard = resource.prlimit(pid, resource.RLIMIT_DATA)[1]
+        if hard != resource.RLIM_INFINITY:
+            most = min(most, hard)
+        resource.prlimit(pid, resource.RLIMIT_DATA, (most, most))
 
 
 def reason(error: Exception) -> str:

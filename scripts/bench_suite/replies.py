@@ -22,6 +22,12 @@ def arrow_reply(message: Message) -> tuple[str, memoryview]:
     return query_id(data[:end]), memoryview(data)[end:]
 
 
+def arrow_head(answered: bytes) -> bytes:
+    """What comes before the Arrow bytes of a reply to the query of this id."""
+    header = b'{"type": "arrow", "queryId": "%b"}' % answered
+    return len(header).to_bytes(4, "big") + header
+
+
 def query_id(head: bytearray) -> str:
     """The query id in the head of an Arrow reply."""
     return str(arrow_header(head).get("queryId"))

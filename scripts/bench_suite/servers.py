@@ -6,6 +6,7 @@ Linux only: what a process used is read from /proc and from its CPU clock.
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import random
 import socket
@@ -96,7 +97,7 @@ class Server:
 
     @property
     def is_ours(self) -> bool:
-        return self.environment.name.startswith("ours")
+        return self.peer is SQLROOMS and self.environment.name.startswith("ours")
 
     def connect(self) -> Conversation:
         return self.peer.connect(self.port)
@@ -127,6 +128,31 @@ class Server:
             return load.stream(connection, query)
         found = self.peer.times(self.environment, self.port, query)
         return load.Stream(int(found["size"]), found["first"], found["first"], found["seconds"])
+
+
+def run_module(
+    environment: Path, name: str, *arguments: str, seconds: float
+) -> dict[str, float]:
+    """The figures that a module of this package prints as JSON, run in a virtual environment.
+
+    Raises `ServerFailed`.
+    """
+    try:
+        done = subprocess.run(
+            [environment / "bin" / "python", "-m", f"{__package__}.{name}", *arguments],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            cwd=environment,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ServerFailed(f"{name} was not done after {seconds:.0f} s") from error
+    if done.returncode:
+        raise ServerFailed(done.stderr.strip()[-2000:])
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
 
 
 @contextmanager
@@ -188,8 +214,8 @@ def starting(
                 start_new_session=True,
             )
         try:
-            sacrifice(process.pid, limited=not environment.name.startswith("ours"))
             server = Server(port, Usage(process.pid), environment, peer)
+            sacrifice(process.pid, limited=not server.is_ours)
             yield server, partial(_wait_until_healthy, process, port, peer)
         except (OSError, ServerFailed) as error:
             raise ServerFailed(f"{error}{_state(process)}{_tail(log)}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import json
 import random
 import subprocess
 import sys
@@ -18,10 +18,11 @@ from .load import Sample
 from .patience import TookTooLong
 from .peers import PEERS as SERVERS
 from .plan import FULL, PEERS, QUICK, Effort, Workload
-from .servers import ServerFailed, running
+from .servers import ServerFailed, run_module, running
 from .workloads import RUNS
 
 IN_PROCESS_SECONDS = 120.0
+
 
 PACKAGES = (
     "sqlrooms-server",
@@ -106,7 +107,7 @@ class Session:
         began = perf_counter()
         try:
             self._measure(workload, subject, sample, first=repetition == 0)
-        except (ServerFailed, WrongAnswer, TookTooLong, OSError) as caught:
+        except (ServerFailed, WrongAnswer, TookTooLong, OSError, subprocess.SubprocessError) as caught:
             error = caught
             sheet.missing.setdefault(workload.name, {})[subject] = patience.reason(error)
             self._problems(sheet, subject).append(f"{where}: {error}")
@@ -127,7 +128,7 @@ class Session:
         """Count what an answer of ours costs; too much is a failure."""
         try:
             sheet.counts = guard.count(self._environment("ours"), self.duckdb)
-        except guard.NotCounted as error:
+        except ServerFailed as error:
             sheet.failures.append(f"guard: {error}")
         else:
             sheet.failures += guard.exceeded(sheet.counts, self.duckdb)
@@ -182,30 +183,15 @@ class Session:
     def _most_seconds(self, workload: Workload, subject: str) -> float:
         if subject in PEERS:
             return patience.PEER_SECONDS
-        return patience.OWN_SECONDS + (0 if workload.usual else self._effort.soak)
+        return patience.OTHERS_SECONDS + (0 if workload.usual else self._effort.soak)
 
     def _in_process(self, workload: Workload) -> Sample:
-        command = [
-            str(self._environment("ours") / "bin" / "python"),
-            *("-m", f"{__package__}.inprocess", workload.name, "quick" if self.quick else "full"),
+        return run_module(
+            self._environment("ours"),
+            *("inprocess", workload.name, "quick" if self.quick else "full"),
             *map(str, self._tables(workload)),
-        ]
-        surroundings = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-        try:
-            done = subprocess.run(
-                command,
-                env=surroundings,
-                capture_output=True,
-                text=True,
-                timeout=IN_PROCESS_SECONDS,
-                start_new_session=True,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ServerFailed(f"not done after {error.timeout:.0f} s") from error
-        if done.returncode:
-            raise WrongAnswer(done.stderr.strip()[-2000:])
-        sample: Sample = json.loads(done.stdout)
-        return sample
+            seconds=IN_PROCESS_SECONDS,
+        )
 
 
 def _versions(environment: Path) -> dict[str, str]:

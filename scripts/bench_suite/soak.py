@@ -94,10 +94,10 @@ def _summary(
 ) -> Sample:
     if not latencies:
         raise WrongAnswer(f"no small answer within {seconds:.0f} s")
-    early = _p99([one for at, some in latencies if at <= FIRST for one in some])
+    early = load.p99([one for at, some in latencies if at <= FIRST for one in some])
     # On a busy machine the last round may have begun before.
     latest = min(LATE_AFTER, latencies[-1][0])
-    late = _p99([one for at, some in latencies if at >= latest for one in some])
+    late = load.p99([one for at, some in latencies if at >= latest for one in some])
     count = len(memory)
     first, half = memory[int(count * FIRST)], memory[count // 2 : count * 6 // 10]
     return {
@@ -107,10 +107,6 @@ def _summary(
         "memory": first / 1e6,
         "growth": (median(memory[int(count * LATE_AFTER) :]) - median(half)) / 1e6,
     }
-
-
-def _p99(latencies: list[float]) -> float:
-    return sorted(latencies)[len(latencies) * 99 // 100]
 
 
 def _large(server: Server) -> None:

@@ -60,6 +60,16 @@ class Conversation(Protocol):
     def idle(self, seconds: float, receiver: Receiver) -> None: ...
 
 
+def limit_silence(of: socket.socket) -> None:
+    """Have calls on a socket that is connected block for `SILENCE` at most."""
+    of.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # The kernel's own timeouts: Python's would add a poll() to every read.
+    of.settimeout(None)
+    limit = struct.pack("ll", int(SILENCE), 0)
+    of.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    of.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
 class Connection:
     """One connection to 127.0.0.1:`port`, a `with` block. Calls block, for `SILENCE` at most."""
 
@@ -72,11 +82,7 @@ class Connection:
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._shake_hands(port)
-            # The kernel's own timeouts: Python's would add a poll() to every read.
-            self._socket.settimeout(None)
-            limit = struct.pack("ll", int(SILENCE), 0)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            limit_silence(self._socket)
         except BaseException:
             self._socket.close()
             raise

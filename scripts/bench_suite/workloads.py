@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import median
 
 from . import changes, footprint, growth, hooks, hub, load, rooms, soak
@@ -14,7 +10,7 @@ from .answers import LARGE, MIXED, ONE, gigabyte, numbered
 from .load import Sample
 from .plan import Effort
 from .replies import Whole
-from .servers import Server, ServerFailed, apart, running
+from .servers import Server, apart, run_module, running
 from .websocket import Connection
 
 CONNECTIONS, IN_FLIGHT = 8, 4
@@ -205,23 +201,13 @@ def _plugins(server: Server, effort: Effort, _: bool) -> Sample:
         "none": median(alone) * 1e3,
         "hooks": hooks.ratio(chain, alone),
         "authorize": hooks.ratio(guard, alone),
-        "quiet": hooks.percentile(quiet, 99) * 1e3,
-        "sleeps": hooks.percentile(beside, 99) * 1e3,
+        "quiet": load.p99(quiet) * 1e3,
+        "sleeps": load.p99(beside) * 1e3,
     }
 
 
 def _parts(server: Server, effort: Effort, _: bool) -> Sample:
-    done = subprocess.run(
-        [server.environment / "bin" / "python", "-m", f"{__package__}.timeline"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-        timeout=90.0,
-    )
-    if done.returncode:
-        raise ServerFailed(done.stderr.strip()[-500:])
-    sample: Sample = json.loads(done.stdout)
-    return sample
+    return run_module(server.environment, "timeline", seconds=90.0)
 
 
 def _idle(server: Server, effort: Effort, _: bool) -> Sample:

@@ -53,7 +53,7 @@ _NAME = (
 )
 _CREATE = r"CREATE\s+(?:OR\s+REPLACE\s+)?"
 
-# These and what follows until _MEANINGS are for _match.
+# These, as far as _BEGIN_OR_END, are texts: _match compiles one when it is first needed.
 _TARGETS = {
     "INSERT": rf"INSERT\s+(?:OR\s+(?:REPLACE|IGNORE)\s+)?INTO\s+{_NAME}",
     "UPDATE": rf"UPDATE\s+{_NAME}",
@@ -75,7 +75,6 @@ _CREATE_OTHER = (
 )
 _DROP_OTHER = r"DROP\s+(?:INDEX|SEQUENCE|MACRO|FUNCTION|TYPE|SECRET|TRIGGER)\b"
 _DEALLOCATE = r"DEALLOCATE\b"
-_CASCADE = re.compile(r"\bcascade\b", re.IGNORECASE)
 _ALTER_TABLE = (
     rf"ALTER\s+(?:TABLE|VIEW)\s+(?:IF\s+EXISTS\s+)?{_NAME}"
     rf"(?:\s+RENAME\s+TO\s+(?P<new>{_PART})\s*(?:;\s*)?$)?"
@@ -87,6 +86,7 @@ _READING_PRAGMA = (
     r"database_size|storage_info|version|platform|functions|collations|show|user_agent|"
     r"metadata_info)\b"
 )
+_PIVOT = r"(?:PIVOT|UNPIVOT|WITH|FROM|SELECT)\b"
 _BEGIN_OR_END = r"(?P<word>\w+)"
 _MEANINGS = {
     "begin": "begin",
@@ -96,8 +96,8 @@ _MEANINGS = {
     "rollback": "rollback",
     "abort": "rollback",
 }
-_PIVOT = r"(?:PIVOT|UNPIVOT|WITH|FROM|SELECT)\b"
 
+_CASCADE = re.compile(r"\bcascade\b", re.IGNORECASE)
 _CHANGING_WORD = re.compile(
     r"\b(?:insert|update|delete|merge|truncate|create|drop|alter)\b", re.IGNORECASE
 )

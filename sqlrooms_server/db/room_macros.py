@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import duckdb
@@ -25,9 +26,15 @@ _CALL_OR_LITERAL = rf"""
         (?: (?P<name>'[^']*(?:''[^']*){{0,255}}')\s*\) | (?P<parameter>[?$]\w*)\s*\) | )
     | {LITERAL_OR_COMMENT.replace(chr(92) + "1", chr(92) + "4")}
     """
-_FLAGS = re.VERBOSE | re.DOTALL | re.IGNORECASE
 
 _TIME = pa.timestamp("ms", tz="UTC")
+
+
+@cache
+def _call_or_literal() -> re.Pattern[str]:
+    # Not when this module is loaded: few texts have the words.
+    return re.compile(_CALL_OR_LITERAL, re.VERBOSE | re.DOTALL | re.IGNORECASE)
+
 
 # What the macros are over; part of the text by which ours are told from others.
 _ONE, _ALL = "__sqlrooms_room", "__sqlrooms_rooms"
@@ -81,7 +88,7 @@ def wanted_rooms(sql: str, params: Params | None) -> Wanted | None:
     names: set[str] = set()
     texts: set[str] = set()
     is_all = False
-    for match in re.finditer(_CALL_OR_LITERAL, sql, _FLAGS):
+    for match in _call_or_literal().finditer(sql):
         function = match["function"]
         if function is None:
             continue

@@ -145,7 +145,7 @@ def limit_silence(tls: int, res: Any, seconds: int) -> None:
     lib.us_socket_timeout(tls, ffi.cast("void*", res), seconds)
 
 
-# Not (const char*: cffi takes the bracket for another one.
+# "char const*": cffi's own parser of types does not take "const" right after a bracket.
 @ffi.callback(  # type: ignore[untyped-decorator, unused-ignore]
     "void(char const*, size_t, char const*, size_t, void*)"
 )
