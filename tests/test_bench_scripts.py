@@ -154,8 +154,8 @@ def _physical_memory() -> int:
 def test_a_server_may_not_take_all_memory(suite: Any) -> None:
     patience = suite("patience")
     code = (
-        "import resource; input(); "
-        "print(open('/proc/self/oom_score_adj').read(), *resource.getrlimit(resource.RLIMIT_DATA)); "
+        "import resource; input(); print(open('/proc/self/oom_score_adj').read(), "
+        "*resource.getrlimit(resource.RLIMIT_DATA)); "
         "bytearray(1 << 45)"
     )
     with subprocess.Popen(

@@ -16,7 +16,7 @@ pyarrow, as far as they use them. The published server declares DuckDB 1.5 only 
 The workloads, by the names that `--only` takes:
 
 one     `select 1` as Arrow on one connection, asked again when the answer is there.
-parts   where the time of one answer goes: on its way, on the loop, waking a worker, DuckDB, and back.
+parts   where the time of one answer goes: on its way, on the loop, to a worker, DuckDB, and back.
 many    the same on 8 connections with 4 questions open on each.
 clients `select 1`, one at a time on each of 1 to 512 connections.
 mixed   a million rows of a stored table with eight columns of seven types.

@@ -68,7 +68,11 @@ def _without_files(arguments: list[str]) -> Iterator[str]:
 
 
 def _images(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    found = [row for row in table["rows"] if f"{row['workload']}/{row['metric']}" in BARS and any(row["samples"].values())]
+    found = [
+        row
+        for row in table["rows"]
+        if f"{row['workload']}/{row['metric']}" in BARS and any(row["samples"].values())
+    ]
     if found:
         yield "small", plots.bars("small queries", found)
     for curve in table["curves"]:

@@ -130,9 +130,7 @@ class Server:
         return load.Stream(int(found["size"]), found["first"], found["first"], found["seconds"])
 
 
-def run_module(
-    environment: Path, name: str, *arguments: str, seconds: float
-) -> dict[str, float]:
+def run_module(environment: Path, name: str, *arguments: str, seconds: float) -> dict[str, float]:
     """The figures that a module of this package prints as JSON, run in a virtual environment.
 
     Raises `ServerFailed`.

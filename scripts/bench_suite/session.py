@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import json
 import random
 import subprocess
 import sys
@@ -107,7 +106,13 @@ class Session:
         began = perf_counter()
         try:
             self._measure(workload, subject, sample, first=repetition == 0)
-        except (ServerFailed, WrongAnswer, TookTooLong, OSError, subprocess.SubprocessError) as caught:
+        except (
+            ServerFailed,
+            WrongAnswer,
+            TookTooLong,
+            OSError,
+            subprocess.SubprocessError,
+        ) as caught:
             error = caught
             sheet.missing.setdefault(workload.name, {})[subject] = patience.reason(error)
             self._problems(sheet, subject).append(f"{where}: {error}")
