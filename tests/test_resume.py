@@ -440,9 +440,13 @@ def test_a_client_is_told_what_its_window_is(server: LocalServer) -> None:
 
 def test_without_a_window_the_option_has_no_effect(launch: Launch) -> None:
     server = launch()
-    with CuttingProxy(server.port, [3_000_000]) as proxy, connect(proxy.url) as client:
+    with CuttingProxy(server.port) as proxy, connect(proxy.url) as client:
+        batches = iter(client.query(ENDLESS, resume=True))
+        # Before anybody has seen something of it, it would just be asked again.
+        next(batches)
+        proxy.cut()
         with pytest.raises(ConnectionLost, match="keeps no results to go on with"):
-            list(client.query(BIG, resume=True))
+            list(batches)
     with server.connect() as wire:
         assert "resume" not in wire.request(type="hello")["features"]
         assert stream(wire, "select 1 as a", resumable=True).table().num_rows == 1
