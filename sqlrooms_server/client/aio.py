@@ -20,6 +20,7 @@ from sqlrooms_server.client.aio_objects import AsyncOpenObject
 from sqlrooms_server.client.aio_results import AsyncResult, AsyncSession
 from sqlrooms_server.client.aio_streams import AsyncBatchStream
 from sqlrooms_server.client.aio_wire import Wire, receive
+from sqlrooms_server.client.blocks import AsyncBlock
 from sqlrooms_server.client.errors import ConnectionLost
 from sqlrooms_server.client.link import Link
 from sqlrooms_server.client.objects import Fetched, Wanted
@@ -78,7 +79,7 @@ class _Connecting:
         return self._client
 
 
-class AsyncClient:
+class AsyncClient(AsyncBlock):
     """A connection whose methods can be called by several tasks at one time.
 
     The methods are those of ``Client``, with the same arguments and errors, to be awaited. A task
@@ -331,17 +332,6 @@ class AsyncClient:
         async with self._connecting:
             if self._wire is not None:
                 await self._wire.close()
-
-    async def __aenter__(self) -> AsyncClient:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
 
     async def _run(self, flow: needs.Flow[T]) -> T:
         try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Generator
-from types import TracebackType
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sqlrooms_server.client import feeds
 from sqlrooms_server.client.aio_results import AsyncResult
+from sqlrooms_server.client.blocks import Begun
 from sqlrooms_server.client.plugin_replies import (
     ObjectList,
 )
@@ -27,7 +27,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound="AsyncFeed[Any, Any]")
 
 
-class AsyncFeed(Generic[R, T]):
+class AsyncFeed(Begun, Generic[R, T]):
     """``Feed`` for asyncio: entered by ``async with``, awaited, or only iterated over."""
 
     def __init__(self, client: AsyncClient, feed: feeds.Feed[R]) -> None:
@@ -57,20 +57,6 @@ class AsyncFeed(Generic[R, T]):
         if told is None:
             raise StopAsyncIteration
         return self._item(told)
-
-    def __await__(self: F) -> Generator[Any, None, F]:
-        return self._begun().__await__()
-
-    async def __aenter__(self: F) -> F:
-        return await self._begun()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
 
     async def _begun(self: F) -> F:
         await self._client._run(self._feed.begin())

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Generator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sqlrooms_server.client import objects
+from sqlrooms_server.client.blocks import Begun
 from sqlrooms_server.client.objects import ObjectMessage, Reference
 
 if TYPE_CHECKING:
     from sqlrooms_server.client.aio import AsyncClient
 
 
-class AsyncOpenObject:
+class AsyncOpenObject(Begun):
     """``OpenObject`` for asyncio: entered by ``async with``, or awaited."""
 
     def __init__(self, client: AsyncClient, opened: objects.OpenObject) -> None:
@@ -35,12 +36,6 @@ class AsyncOpenObject:
     async def __aiter__(self) -> AsyncIterator[ObjectMessage]:
         while (message := await self.receive()) is not None:
             yield message
-
-    def __await__(self) -> Generator[Any, None, AsyncOpenObject]:
-        return self._begun().__await__()
-
-    async def __aenter__(self) -> AsyncOpenObject:
-        return await self._begun()
 
     async def __aexit__(
         self,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
 from sqlrooms_server.client import queries, result_streams
+from sqlrooms_server.client.blocks import AsyncBlock
 from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
 from sqlrooms_server.client.opening import to_pandas
 from sqlrooms_server.client.results import ResultState, RowList
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sqlrooms_server.client.aio import AsyncClient
 
 
-class AsyncResult(ResultState):
+class AsyncResult(ResultState, AsyncBlock):
     """The result of a query, whose batches arrive while it is read: ``Result`` for asyncio."""
 
     def __init__(self, client: AsyncClient, stream: result_streams.Stream) -> None:
@@ -56,19 +56,8 @@ class AsyncResult(ResultState):
         while (batch := await self._client._run(self._stream.next_batch())) is not None:
             yield batch
 
-    async def __aenter__(self) -> AsyncResult:
-        return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-
-class AsyncSession:
+class AsyncSession(AsyncBlock):
     """Queries that share one cursor of the server: ``Session`` for asyncio."""
 
     def __init__(self, client: AsyncClient, state: queries.Session) -> None:
@@ -110,14 +99,3 @@ class AsyncSession:
     async def close(self) -> bool:
         """End the session and roll back what is open; False when it had ended already."""
         return await self._client._run(self._client._requests.close_session(self._state))
-
-    async def __aenter__(self) -> AsyncSession:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from sqlrooms_server.client import batch_streams
+from sqlrooms_server.client.blocks import Begun
 from sqlrooms_server.client.opening import to_pandas
 from sqlrooms_server.client.results import BatchStreamState, OutputState
 from sqlrooms_server.client.stream_inputs import Feeding
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sqlrooms_server.client.aio import AsyncClient
 
 
-class AsyncBatchStream(BatchStreamState):
+class AsyncBatchStream(BatchStreamState, Begun):
     """``BatchStream`` for asyncio, entered by ``async with`` or awaited.
 
     Inputs are sent by tasks of their own. Several outputs are read by ``async for name, batch in
@@ -48,20 +48,6 @@ class AsyncBatchStream(BatchStreamState):
     async def __aiter__(self) -> AsyncIterator[tuple[str, pa.RecordBatch]]:
         while (item := await self._client._run(self._stream.next())) is not None:
             yield item
-
-    def __await__(self) -> Generator[Any, None, AsyncBatchStream]:
-        return self._begun().__await__()
-
-    async def __aenter__(self) -> AsyncBatchStream:
-        return await self._begun()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
 
     async def _begun(self) -> AsyncBatchStream:
         if self._loop is None:

@@ -7,10 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from ssl import SSLContext
-from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from sqlrooms_server.client import flows, needs
+from sqlrooms_server.client.blocks import Block
 from sqlrooms_server.client.errors import ConnectionLost
 from sqlrooms_server.client.link import Link
 from sqlrooms_server.client.objects import Fetched, Wanted
@@ -61,7 +61,7 @@ def connect(
     return client
 
 
-class Client:
+class Client(Block):
     """A connection whose methods can be called from several threads at one time.
 
     Every method raises ``RequestFailed`` for what the server refuses, and ``ConnectionLost`` when
@@ -379,17 +379,6 @@ class Client:
         with self._connecting:
             if self._wire is not None:
                 self._wire.close()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _run(self, flow: needs.Flow[T]) -> T:
         try:

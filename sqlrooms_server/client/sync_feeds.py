@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sqlrooms_server.client import feeds
+from sqlrooms_server.client.blocks import Block
 from sqlrooms_server.client.plugin_replies import (
     ObjectList,
 )
@@ -27,7 +27,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound="Feed[Any, Any]")
 
 
-class Feed(Generic[R, T]):
+class Feed(Block, Generic[R, T]):
     """What goes on until it is closed.
 
     Iterate over it, for one thread at a time; another one may close it, which ends the iteration.
@@ -63,17 +63,6 @@ class Feed(Generic[R, T]):
         if told is None:
             raise StopIteration
         return self._item(told)
-
-    def __enter__(self: F) -> F:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         self._feed.abandon()

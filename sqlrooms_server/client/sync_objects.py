@@ -8,13 +8,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from sqlrooms_server.client import objects
+from sqlrooms_server.client.blocks import Block
 from sqlrooms_server.client.objects import ObjectMessage, Reference
 
 if TYPE_CHECKING:
     from sqlrooms_server.client.sync import Client
 
 
-class OpenObject:
+class OpenObject(Block):
     """An object of a plugin that is open: messages both ways, until either side closes it.
 
     Iterate over what it says, ``(payload, references)`` each; one thread may do so while another
@@ -45,9 +46,6 @@ class OpenObject:
     def __iter__(self) -> Iterator[ObjectMessage]:
         while (message := self.receive()) is not None:
             yield message
-
-    def __enter__(self) -> OpenObject:
-        return self
 
     def __exit__(
         self,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
 from sqlrooms_server.client import queries, result_streams
+from sqlrooms_server.client.blocks import Block
 from sqlrooms_server.client.errors import ConnectionLost, RequestFailed
 from sqlrooms_server.client.opening import to_pandas
 from sqlrooms_server.client.results import ResultState, RowList
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sqlrooms_server.client.sync import Client
 
 
-class Result(ResultState):
+class Result(ResultState, Block):
     """The result of a query, whose batches arrive while it is read.
 
     Iterate over its ``pyarrow.RecordBatch``, once and in bounded memory, or take it as a whole,
@@ -62,19 +62,8 @@ class Result(ResultState):
         while (batch := self._client._run(self._stream.next_batch())) is not None:
             yield batch
 
-    def __enter__(self) -> Result:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class Session:
+class Session(Block):
     """Queries that share one cursor of the server and run one after the other.
 
     It lives as long as the connection of its first use. After that, or after the server ended it,
@@ -119,14 +108,3 @@ class Session:
     def close(self) -> bool:
         """End the session and roll back what is open; False when it had ended already."""
         return self._client._run(self._client._requests.close_session(self._state))
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from sqlrooms_server.client import batch_streams
+from sqlrooms_server.client.blocks import Block
 from sqlrooms_server.client.opening import to_pandas
 from sqlrooms_server.client.results import BatchStreamState, OutputState
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sqlrooms_server.client.sync import Client
 
 
-class BatchStream(BatchStreamState):
+class BatchStream(BatchStreamState, Block):
     """A stream of batches through a plugin: ``stream["line"]`` is the ``Output`` of that name.
 
     Inputs are sent by threads of their own, meanwhile. Iterate over the stream for
@@ -67,17 +67,6 @@ class BatchStream(BatchStreamState):
     def __iter__(self) -> Iterator[tuple[str, pa.RecordBatch]]:
         while (item := self._client._run(self._stream.next())) is not None:
             yield item
-
-    def __enter__(self) -> BatchStream:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         # Ctrl+C may come before it has a stream.
