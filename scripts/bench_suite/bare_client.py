@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 import json
-import selectors
-import socket
 import time
 
 from .bare_process import FRAME, QUESTION
 from .replies import arrow_head
-from .websocket import READ_SIZE, SILENCE, Disconnected, Receiver, limit_silence
+from .websocket import OneSocket, Receiver, limit_silence
 
 
-class BareConnection:
+class BareConnection(OneSocket):
     """One connection to 127.0.0.1:`port`, a `with` block. One question at a time.
 
     Calls block, for `SILENCE` at most. An answer is handed on as that of a `sqlrooms-server` would
     be, with its header, which that program does not know.
     """
 
-    # There is just the one socket.
-    generation = 1
-    events: int = selectors.EVENT_READ
-
     def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=SILENCE)
+        super().__init__(port)
         limit_silence(self._socket)
-        self._buffer = memoryview(bytearray(READ_SIZE))
         self._head = bytearray()
         self._left = 0
         self._last = False
         self._prefix = b""
         self._questions: dict[bytes, bytes] = {}
-
-    def __enter__(self) -> BareConnection:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
 
     def send(self, text: bytes) -> None:
         """Send one question."""
@@ -53,26 +37,22 @@ class BareConnection:
 
     def receive(self, receiver: Receiver) -> None:
         """Hand on what one read brings."""
-        try:
-            size = self._socket.recv_into(self._buffer)
-        except BlockingIOError:
-            raise Disconnected(f"no answer within {SILENCE:.0f} s") from None
-        if not size:
-            raise Disconnected("the server closed the connection")
+        data = self._read()
+        size = len(data)
         if self._prefix:
             receiver.piece(memoryview(self._prefix))
             self._prefix = b""
         at = 0
         while at < size:
             if not self._left:
-                part = self._buffer[at : min(size, at + FRAME.size - len(self._head))]
+                part = data[at : at + FRAME.size - len(self._head)]
                 self._head += part
                 at += len(part)
                 if len(self._head) < FRAME.size:
                     return
                 self._left, self._last = FRAME.unpack(self._head)
                 self._head.clear()
-            part = self._buffer[at : min(size, at + self._left)]
+            part = data[at : at + self._left]
             if part:
                 receiver.piece(part)
             at += len(part)

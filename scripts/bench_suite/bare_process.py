@@ -12,6 +12,7 @@ from __future__ import annotations
 import socket
 import struct
 import sys
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,17 @@ BATCH_ROWS = 1 << 14
 FRAME_SIZE = 1 << 16
 
 
-def reader_of(cursor: duckdb.DuckDBPyConnection, sql: str) -> Any:
-    """Run a SELECT in the fastest way that this DuckDB has from Python."""
+@cache
+def _executes() -> bool:
+    # Late, since the load generator reads how questions look from here.
     import duckdb
 
-    if duckdb.__version__.startswith("1."):
+    return duckdb.__version__.startswith("1.")
+
+
+def reader_of(cursor: duckdb.DuckDBPyConnection, sql: str) -> Any:
+    """Run a SELECT in the fastest way that this DuckDB has from Python."""
+    if _executes():
         return cursor.execute(sql).to_arrow_reader(BATCH_ROWS)
     # What sql() of 2.x does itself, without the relation around it; its execute() copies all rows.
     # Should a later one lack it, that must be noticed: a slow bound would flatter everybody.
@@ -79,7 +86,7 @@ def _questions(peer: socket.socket, database: duckdb.DuckDBPyConnection) -> None
 
 
 def main(port: str, *tables: str) -> None:
-    # Late, since the load generator reads how questions look from here.
+    # Late, as above.
     import duckdb
 
     with duckdb.connect() as database:

@@ -13,7 +13,7 @@ import selectors
 import socket
 import struct
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 # No byte for this long from a server that owes an answer means that none will come.
 SILENCE = 120.0
@@ -70,31 +70,21 @@ def limit_silence(of: socket.socket) -> None:
     of.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
-class Connection:
+S = TypeVar("S", bound="OneSocket")
+
+
+class OneSocket:
     """One connection to 127.0.0.1:`port`, a `with` block. Calls block, for `SILENCE` at most."""
 
-    # There is just the one socket.
+    # It is never renewed.
     generation = 1
     events: int = selectors.EVENT_READ
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=SILENCE)
-        try:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._shake_hands(port)
-            limit_silence(self._socket)
-        except BaseException:
-            self._socket.close()
-            raise
         self._buffer = memoryview(bytearray(READ_SIZE))
-        self._head = bytearray()
-        self._opcode = 0
-        self._final = False
-        self._left = 0
-        self._binary = False
-        self._control = bytearray()
 
-    def __enter__(self) -> Connection:
+    def __enter__(self: S) -> S:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,6 +92,36 @@ class Connection:
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    def _read(self) -> memoryview:
+        """What one read brings, until the next one."""
+        try:
+            size = self._socket.recv_into(self._buffer)
+        except BlockingIOError:
+            raise Disconnected(f"no answer within {SILENCE:.0f} s") from None
+        if not size:
+            raise Disconnected("the server closed the connection")
+        return self._buffer[:size]
+
+
+class Connection(OneSocket):
+    """A WebSocket."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port)
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._shake_hands(port)
+            limit_silence(self._socket)
+        except BaseException:
+            self._socket.close()
+            raise
+        self._head = bytearray()
+        self._opcode = 0
+        self._final = False
+        self._left = 0
+        self._binary = False
+        self._control = bytearray()
 
     def send(self, text: bytes) -> None:
         """Send one text message."""
@@ -121,13 +141,7 @@ class Connection:
 
     def receive(self, receiver: Receiver) -> None:
         """Hand on what one read brings. May be none, one or several messages."""
-        try:
-            size = self._socket.recv_into(self._buffer)
-        except BlockingIOError:
-            raise Disconnected(f"no answer within {SILENCE:.0f} s") from None
-        if not size:
-            raise Disconnected("the server closed the connection")
-        self._feed(self._buffer[:size], receiver)
+        self._feed(self._read(), receiver)
 
     def idle(self, seconds: float, receiver: Receiver) -> None:
         """Say nothing for `seconds`, but answer pings."""
